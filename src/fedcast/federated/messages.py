@@ -1,0 +1,143 @@
+"""Task and Reply: named tensors plus a little JSON, the same on every fleet; on any wire they are safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fedcast.errors import ScreenError, WireError
+
+TaskKind = Literal["train", "evaluate"]
+_HEADER = "fedcast"
+_HEADER_LIMIT = 100_000_000
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a site is asked to do.
+
+    Attributes
+    ----------
+    kind
+        ``"train"`` or ``"evaluate"``: a closed list, sites run nothing else.
+    round
+        Round, from 1; 0 before training.
+    tensors
+        Named tensors, float32.
+    meta
+        JSON values.
+    """
+
+    kind: TaskKind
+    round: int
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return _nbytes(self.tensors)
+
+    def encode(self) -> bytes:
+        """Return the task as bytes."""
+        return _encode({"kind": self.kind, "round": self.round, "meta": dict(self.meta)}, self.tensors)
+
+    @classmethod
+    def decode(cls, payload: bytes) -> Task:
+        """Read a task; :class:`WireError` when the bytes are not one."""
+        header, tensors = _decode(payload)
+        if header.get("kind") not in ("train", "evaluate") or not isinstance(header.get("round"), int):
+            raise WireError("the payload is no task", hint="check that both sides run the same version of fedcast")
+        return cls(header["kind"], header["round"], tensors, header.get("meta", {}))
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a site answers: tensors and JSON values, or an error in one sentence (never a traceback, which can leak data)."""
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return _nbytes(self.tensors)
+
+    def encode(self) -> bytes:
+        """Return the reply as bytes."""
+        return _encode({"error": self.error, "meta": dict(self.meta)}, self.tensors)
+
+    @classmethod
+    def decode(cls, payload: bytes) -> Reply:
+        """Read a reply; :class:`WireError` when the bytes are not one."""
+        header, tensors = _decode(payload)
+        error = header.get("error")
+        if error is not None and not isinstance(error, str):
+            raise WireError("the payload is no reply", hint="check that both sides run the same version of fedcast")
+        return cls(tensors, header.get("meta", {}), error)
+
+
+def _nbytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _encode(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
+    return save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={_HEADER: json.dumps(header)})
+
+
+def _decode(payload: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    hint = "check that both sides run the same version of fedcast and that nothing between them alters bytes"
+    try:
+        tensors = load(payload)
+        length = int.from_bytes(payload[:8], "little")
+        if length > _HEADER_LIMIT:
+            raise WireError("the payload's header is too long", hint=hint)
+        metadata = json.loads(payload[8 : 8 + length])["__metadata__"]
+        header = json.loads(metadata[_HEADER])
+    except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+        raise WireError("the payload is no message", hint=hint) from error
+    if not isinstance(header, dict) or not isinstance(header.get("meta", {}), dict):
+        raise WireError("the payload's header is no message", hint=hint)
+    return header, tensors
+
+
+def screen(reply: Reply, shapes: Mapping[str, tuple[int, ...]], *, largest_samples: int) -> None:
+    """Check a training reply against its declared layout before any method sees it.
+
+    Parameters
+    ----------
+    reply
+        The reply.
+    shapes
+        Exactly the tensors it must hold, with their shapes; all are float32 and finite.
+    largest_samples
+        Most training points the site may claim.
+
+    Raises
+    ------
+    ScreenError
+        Naming the first thing that does not hold.
+    """
+    hint = "the reply is dropped and the round goes on without it"
+    if reply.error is not None:
+        raise ScreenError(reply.error, hint=hint)
+    if set(reply.tensors) != set(shapes):
+        unexpected = sorted(set(reply.tensors) ^ set(shapes))
+        raise ScreenError(f"tensors missing or not declared: {', '.join(unexpected)}", hint=hint)
+    for name, shape in shapes.items():
+        tensor = reply.tensors[name]
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+            raise ScreenError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, declared is float32 {shape}", hint=hint)
+        if not bool(torch.isfinite(tensor).all()):
+            raise ScreenError(f"{name} is not finite", hint=hint)
+    samples = reply.meta.get("samples")
+    if isinstance(samples, bool) or not isinstance(samples, int) or not 1 <= samples <= largest_samples:
+        raise ScreenError(f"claims {samples!r} training points, declared are {largest_samples}", hint=hint)

@@ -1,0 +1,260 @@
+"""The round loop, written once: select, send, collect, screen, aggregate, validate, checkpoint, log.
+
+The loop owns sampling, seeds, deadlines, quorum and checkpoints. It does not know which fleet carries it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from fedcast.errors import QuorumError, ScreenError, SiteError
+from fedcast.federated.checkpoint import Checkpoints, Progress
+from fedcast.federated.fleet import Fleet
+from fedcast.federated.messages import Reply, Task, screen
+from fedcast.federated.site import SiteRole
+from fedcast.methods.base import Method, Server, Update
+from fedcast.models.base import ModelConfig
+from fedcast.spec import RunSpec
+
+
+class Observer(Protocol):
+    """Whoever watches a run: a progress bar, a log, a test."""
+
+    def start(self, rounds: int, sites: Sequence[str]) -> None:
+        """Hear that training starts."""
+
+    def site_done(self, round: int, site: str) -> None:
+        """Hear that a site has answered."""
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Hear of a row that was logged."""
+
+    def phase(self, name: str, round: int) -> None:
+        """Hear that a phase of a round begins."""
+
+    def finish(self) -> None:
+        """Hear that the run is over."""
+
+
+class Silent:
+    """An observer that does nothing."""
+
+    def start(self, rounds: int, sites: Sequence[str]) -> None:
+        """Do nothing."""
+
+    def site_done(self, round: int, site: str) -> None:
+        """Do nothing."""
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def phase(self, name: str, round: int) -> None:
+        """Do nothing."""
+
+    def finish(self) -> None:
+        """Do nothing."""
+
+
+@dataclass
+class RoundLoop:
+    """Everything one run needs to go from round to round.
+
+    Attributes
+    ----------
+    spec, method
+        What is run.
+    roles
+        The sites by name.
+    samples
+        Declared training points of each training site.
+    server
+        The server's state; changed in place.
+    checkpoints
+        Where it is kept.
+    log
+        Appends a row to the run's log.
+    keep_best
+        Called when the validation loss is the smallest so far.
+    """
+
+    spec: RunSpec
+    method: Method
+    fleet: Fleet
+    roles: Mapping[str, SiteRole]
+    samples: Mapping[str, int]
+    server: Server
+    checkpoints: Checkpoints
+    log: Callable[[dict[str, Any]], None]
+    keep_best: Callable[[Server], None]
+    observer: Observer
+
+    def run(self, progress: Progress) -> Progress:
+        """Run the rounds that are left after ``server.round``."""
+        trainers = [name for name, role in sorted(self.roles.items()) if role.trains]
+        self.observer.start(self.server.rounds, trainers)
+        for number in range(self.server.round + 1, self.server.rounds + 1):
+            self._round(number, trainers, progress)
+        return progress
+
+    def _round(self, number: int, trainers: Sequence[str], progress: Progress) -> None:
+        start = time.perf_counter()
+        self.server.round, self.server.log = number, {}
+        self.observer.phase("select", number)
+        selected = self._select(trainers, number)
+        validates = self._validates(number)
+        meta = {"export": self._exports(number)}
+        tasks = {name: Task("train", number, self.method.message(self.server, name), meta) for name in selected}
+        self.observer.phase("client", number)
+        replies = self._collect(tasks, number)
+        updates, dropped = self._screen(replies, selected, meta["export"])
+        self._check_quorum(updates, selected, dropped, number)
+        self.observer.phase("aggregate", number)
+        self.method.aggregate(self.server, updates)
+        trained = time.perf_counter()
+        rows = []
+        if validates:
+            self.observer.phase("evaluate", number)
+            rows.append(self._validate(number, progress))
+        checkpointing = time.perf_counter()
+        progress.bytes_up += sum(reply.nbytes for reply in replies.values())
+        progress.bytes_down += sum(task.nbytes for task in tasks.values())
+        seconds = trained - start + time.perf_counter() - checkpointing
+        progress.seconds += time.perf_counter() - start
+        row = self._row(number, tasks, replies, dropped)
+        row["seconds"], row["overhead_seconds"] = seconds, seconds - _critical_path(replies)
+        progress.rows = [row, *rows]
+        self.observer.phase("checkpoint", number)
+        writing = time.perf_counter()
+        self.checkpoints.save(self.server, progress, before_rename=lambda: self.observer.phase("checkpoint-rename", number))
+        row["checkpoint_seconds"] = time.perf_counter() - writing
+        self.observer.phase("log", number)
+        for row in progress.rows:
+            self.log(row)
+            self.observer.row(row)
+
+    def _exports(self, number: int) -> bool:
+        """Whether sites send the private part: for the shadow when the model is scored, for each site's own model at the end."""
+        wanted = self._validates(number) if self.method.unseen == "shared" else number == self.server.rounds
+        return wanted and self.server.layout.private_size > 0
+
+    def _validates(self, number: int) -> bool:
+        return number % self.spec.evaluation.every == 0 or number == self.server.rounds
+
+    def _select(self, trainers: Sequence[str], number: int) -> list[str]:
+        count = max(1, ceil(self.spec.federation.participation * len(trainers)))
+        rng = np.random.default_rng([self.spec.seed, number])
+        return sorted(rng.choice(np.array(trainers, dtype=object), size=count, replace=False))
+
+    def _collect(self, tasks: Mapping[str, Task], number: int) -> dict[str, Reply]:
+        replies: dict[str, Reply] = {}
+        for site, reply in self.fleet.run(tasks, self.spec.federation.deadline_s):
+            replies[site] = reply
+            self.observer.site_done(number, site)
+        return replies
+
+    def _screen(self, replies: Mapping[str, Reply], selected: Sequence[str], exporting: bool) -> tuple[list[Update], dict[str, str]]:
+        layout = self.server.layout
+        shapes = {"shared": (layout.shared_size,), **self.method.reply_shapes(ModelConfig.of(self.spec.model))}
+        if exporting:
+            shapes["private"] = (layout.private_size,)
+        updates, dropped = [], {}
+        for site in sorted(selected):
+            if site not in replies:
+                dropped[site] = "no reply before the deadline"
+                continue
+            try:
+                screen(replies[site], shapes, largest_samples=self.samples[site])
+            except ScreenError as error:
+                dropped[site] = error.message
+                continue
+            updates.append(Update(site, replies[site].tensors, replies[site].meta["samples"]))
+        return updates, dropped
+
+    def _check_quorum(self, updates: Sequence[Update], selected: Sequence[str], dropped: Mapping[str, str], number: int) -> None:
+        needed = max(1, ceil(self.spec.federation.quorum * len(selected)))
+        if len(updates) < needed:
+            reasons = "; ".join(f"{site}: {reason}" for site, reason in dropped.items())
+            raise QuorumError(
+                f"round {number} has {len(updates)} usable replies and needs {needed} ({reasons})",
+                hint="mend the sites and run the same command again: it resumes from the last round",
+            )
+
+    def _row(self, number: int, tasks: Mapping[str, Task], replies: Mapping[str, Reply], dropped: Mapping[str, str]) -> dict[str, Any]:
+        weights = self.server.log.pop("weights", {})
+        sites: dict[str, dict[str, Any]] = {}
+        for site in sorted(tasks):
+            if site in dropped:
+                continue
+            meta = replies[site].meta
+            sites[site] = {
+                **{name: meta[name] for name in ("loss", "steps", "samples", "seconds")},
+                **meta["metrics"],
+                **({"weight": weights[site]} if site in weights else {}),
+            }
+        return {
+            "kind": "round",
+            "round": number,
+            "bytes_up": sum(reply.nbytes for reply in replies.values()),
+            "bytes_down": sum(task.nbytes for task in tasks.values()),
+            "sites": sites,
+            "dropped": dict(dropped),
+            "server": dict(self.server.log),
+        }
+
+    def _validate(self, number: int, progress: Progress) -> dict[str, Any]:
+        sites = [name for name, role in sorted(self.roles.items()) if role.evaluates and not role.held_out]
+        answers = self.evaluate(sites, {"part": "validation"})
+        losses = {site: float(reply.meta["loss"]) for site, reply in answers.items()}
+        mean = sum(losses.values()) / len(losses)
+        if mean < progress.best_loss:
+            progress.best_loss, progress.best_round = mean, number
+            self.keep_best(self.server)
+        return {"kind": "validation", "round": number, "sites": {s: {"loss": v} for s, v in losses.items()}, "mean": mean}
+
+    def evaluate(self, sites: Sequence[str], meta: Mapping[str, Any], private: torch.Tensor | None = None) -> dict[str, Reply]:
+        """Let sites score the server's model.
+
+        Parameters
+        ----------
+        sites
+            Who scores.
+        meta
+            The task's JSON values.
+        private
+            Private weights to use instead of a site's own.
+
+        Raises
+        ------
+        SiteError
+            When a site cannot score.
+        """
+        tasks = {}
+        for name in sites:
+            tensors = {"shared": self.server.shared}
+            if private is not None:
+                tensors["private"] = private
+            elif not self.roles[name].trains and self.server.private.numel():
+                tensors["private"] = self.server.private
+            tasks[name] = Task("evaluate", self.server.round, tensors, meta)
+        replies = dict(self.fleet.run(tasks, None))
+        for site in sites:
+            error = replies[site].error
+            if error is not None:
+                raise SiteError(f"site {site} cannot evaluate: {error}", hint="mend the site's data and run the same command again")
+        return {site: replies[site] for site in sites}
+
+
+def _critical_path(replies: Mapping[str, Reply]) -> float:
+    """Seconds in forward, backward and optimiser of the busiest worker: the round cannot be shorter."""
+    busy: dict[Any, float] = {}
+    for reply in replies.values():
+        worker = reply.meta.get("worker")
+        busy[worker] = busy.get(worker, 0.0) + float(reply.meta.get("compute_seconds", 0.0))
+    return max(busy.values(), default=0.0)

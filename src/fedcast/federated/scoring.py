@@ -1,0 +1,96 @@
+"""How a site scores a model on its own windows: the validation loss between rounds, and the test scores at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedcast.data.splits import Splits
+from fedcast.data.store import SeriesStore
+from fedcast.data.windows import Batch, WindowSampler
+from fedcast.evaluate.baselines import baseline_forecast
+from fedcast.evaluate.metrics import score
+from fedcast.evaluate.windows import EvaluationSet, evaluation_set
+from fedcast.models.base import QUANTILES, ModelConfig
+from fedcast.models.patch import PatchTransformer
+from fedcast.spec import RunSpec
+from fedcast.tasks.forecast import ForecastTask
+
+_BATCH = 256
+
+
+class SiteScores:
+    """Scores models on one site's validation and test windows; both are the same at every call."""
+
+    def __init__(self, site: str, store: SeriesStore, splits: Splits, sampler: WindowSampler, spec: RunSpec) -> None:
+        self._site, self._store, self._splits, self._sampler, self._spec = site, store, splits, sampler, spec
+        self.model_config = ModelConfig.of(spec.model)
+        self._validation: Batch | None = None
+        self._test: EvaluationSet | None = None
+
+    def loss(self, model: PatchTransformer, task: ForecastTask) -> float:
+        """Return the task's mean loss over the validation windows."""
+        if self._validation is None:
+            windows = self._sampler.evaluation("validation", self._spec.evaluation.validation_windows)
+            self._validation = self._sampler.gather(windows)
+        batch = self._validation
+        with torch.inference_mode():
+            output = model.normalised(batch.context, batch.mask, batch.target.shape[1])
+            return task.loss(output, batch).item()
+
+    def test(self, model: PatchTransformer, *, baselines: bool) -> dict[str, Any]:
+        """Return test scores of a model, of the spec's baselines where asked, and forecasts for the report where the spec keeps some."""
+        spec = self._spec
+        if self._test is None:
+            self._test = evaluation_set(
+                self._store, self._splits, "test", context=spec.model.context, horizon=spec.model.horizon, limit=spec.evaluation.windows
+            )
+        test = self._test
+        point, quantiles = forecast_windows(model, test.context, test.target.shape[1])
+        answer: dict[str, Any] = {"windows": len(test.target), "scores": score(test, point, quantiles), "baselines": {}}
+        if baselines:
+            for name in spec.evaluation.baselines:
+                answer["baselines"][name] = score(test, *baseline_forecast(name, test))
+            answer["samples"] = self._samples(test, point, quantiles)
+        return answer
+
+    def _samples(self, test: EvaluationSet, point: NDArray[np.float32], quantiles: NDArray[np.float32]) -> list[dict[str, Any]]:
+        count = min(self._spec.evaluation.samples, len(test.target))
+        if count == 0:
+            return []
+        naive, _ = baseline_forecast("seasonal_naive", test)
+        chosen = np.linspace(0, len(test.target) - 1, count).round().astype(int)
+        return [
+            {
+                "domain": self._site,
+                "series": test.ids[i],
+                "context": _json(test.context[i]),
+                "truth": _json(test.target[i]),
+                "point": _json(point[i]),
+                "quantiles": {str(level): _json(quantiles[i, :, q]) for q, level in enumerate(QUANTILES)},
+                "seasonal_naive": _json(naive[i]),
+            }
+            for i in chosen
+        ]
+
+
+def forecast_windows(
+    model: PatchTransformer, context: NDArray[np.float32], horizon: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Forecast windows ``[W, L]`` (NaN where missing); return point ``[W, H]`` and quantiles ``[W, H, 9]`` in the units of the data."""
+    points, bands = [], []
+    with torch.inference_mode():
+        for start in range(0, len(context), _BATCH):
+            piece = torch.from_numpy(np.ascontiguousarray(context[start : start + _BATCH], dtype=np.float32))
+            mask = torch.isfinite(piece)
+            forecast = model(torch.nan_to_num(piece, nan=0.0), mask, horizon)
+            points.append(forecast.point.numpy())
+            bands.append(forecast.quantiles.numpy())
+    return np.concatenate(points), np.concatenate(bands)
+
+
+def _json(values: NDArray[np.float32]) -> list[float | None]:
+    return [float(value) if np.isfinite(value) else None for value in values]

@@ -1,0 +1,204 @@
+"""Client work: what a site does with a task. It knows neither the fleet that brought the task nor the round loop behind it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedcast.data.splits import split_by_time
+from fedcast.data.store import SeriesStore
+from fedcast.data.windows import Batch, WindowSampler
+from fedcast.errors import FedcastError
+from fedcast.federated.messages import Reply, Task
+from fedcast.federated.scoring import SiteScores
+from fedcast.federated.state import SiteStates
+from fedcast.federated.workspace import Workspace, Workspaces, build_extra
+from fedcast.methods.base import Client, Method
+from fedcast.spec import RunSpec
+from fedcast.tasks.forecast import ForecastTask
+from fedcast.training.loop import learning_rate, train
+from fedcast.training.precision import resolve_precision
+
+_MOMENTS = "moments."
+_METHOD = "method."
+
+
+@dataclass(frozen=True)
+class SiteRole:
+    """A site's part in a run.
+
+    Attributes
+    ----------
+    name
+        The site's own name.
+    trains
+        Whether it may be selected for training.
+    evaluates
+        Whether it scores models on its own windows.
+    held_out
+        Whether its domain is never trained on.
+    step_multiplier
+        Local steps for each of the spec's: 1, and for the pooled client of a centralised control the number of sites it stands for.
+    """
+
+    name: str
+    trains: bool = True
+    evaluates: bool = True
+    held_out: bool = False
+    step_multiplier: int = 1
+
+
+class Site:
+    """One site: its series, its private state, and the two kinds of task it runs.
+
+    Parameters
+    ----------
+    role
+        The site's part in the run.
+    store
+        Its series; they never leave it.
+    spec, method
+        The run.
+    folder
+        The site's own folder for private state.
+    """
+
+    def __init__(self, role: SiteRole, store: SeriesStore, spec: RunSpec, method: Method, folder: Path) -> None:
+        self.role = role
+        self._spec, self._method = spec, method
+        self._folder = folder
+        self._states = SiteStates(folder)
+        self._memory: dict[str, Any] = {}
+        self._shapes: tuple[tuple[str, tuple[int, ...]], ...] | None = None
+        # One task at a time: a late reply's work must not meet the next round's.
+        self._busy = threading.Lock()
+        model, data = spec.model, spec.data
+        splits = split_by_time(store, horizon=model.horizon, validation=data.validation, test=data.test)
+        self._sampler = WindowSampler(store, splits, context=model.context, horizon=model.horizon, balance=method.balance)
+        self._scores = SiteScores(role.name, store, splits, self._sampler, spec)
+        self._task = ForecastTask()
+
+    @property
+    def samples(self) -> int:
+        """Training points at the site."""
+        return self._sampler.n_points
+
+    def run(self, task: Task, workspaces: Workspaces) -> Reply:
+        """Run a task; an exception becomes a reply with an error and no traceback."""
+        start = time.perf_counter()
+        try:
+            with self._busy:
+                workspace = self._workspace(workspaces)
+                reply = self._train(task, workspace) if task.kind == "train" else self._evaluate(task, workspace)
+        except FedcastError as error:
+            return Reply(error=f"{error.code}: {error.message}")
+        except Exception as error:
+            return Reply(error=f"{type(error).__name__} at site {self.role.name}")
+        return Reply(
+            reply.tensors, {**reply.meta, "seconds": time.perf_counter() - start, "worker": f"{os.getpid()}-{threading.get_ident()}"}
+        )
+
+    def _workspace(self, workspaces: Workspaces) -> Workspace:
+        def make() -> dict[str, torch.nn.Module]:
+            config = self._scores.model_config
+            return build_extra(lambda: self._method.modules(config, self._sampler), self._spec.seed)
+
+        if self._shapes is None:
+            self._shapes = tuple((name, tuple(p.shape)) for name, module in sorted(make().items()) for p in module.parameters())
+        precision = resolve_precision(self._spec.training.precision)
+        return workspaces.get(self._shapes, self._spec, self._method, make, precision)
+
+    def _steps(self) -> int:
+        federation, training = self._spec.federation, self._spec.training
+        if federation.local_epochs is None:
+            return federation.local_steps * self.role.step_multiplier
+        # A pass over the points: every step reads batch_size targets of `horizon` points.
+        points = training.batch_size * self._spec.model.horizon
+        return ceil(federation.local_epochs * self.samples / points)
+
+    def _train(self, task: Task, workspace: Workspace) -> Reply:
+        state = self._states.before(task.round)
+        workspace.load(task.tensors["shared"], state.get("private"))
+        keeps = self._spec.training.moments == "keep"
+        moments = {name.removeprefix(_MOMENTS): value for name, value in state.items() if name.startswith(_MOMENTS)}
+        if keeps and moments:
+            workspace.optimiser.load(moments)
+        else:
+            workspace.optimiser.reset()
+        client = self._client(task, workspace, state)
+        steps = self._steps()
+        done, total = (task.round - 1) * steps, self._spec.federation.rounds * steps
+        record = train(
+            workspace.parameters,
+            workspace.optimiser,
+            self._batches(client.rng),
+            lambda batch: self._method.local_loss(client, batch),
+            steps=steps,
+            rate=lambda step: learning_rate(self._spec.training, done + step, total),
+        )
+        reply = self._method.reply(client)
+        self._keep(task.round, client, workspace, keeps)
+        tensors = {"shared": workspace.parameters.shared.clone(), **reply}
+        if client.exporting:
+            tensors["private"] = workspace.private_of_model.clone()
+        meta = {
+            "samples": self.samples,
+            "steps": steps,
+            "loss": record.loss,
+            "compute_seconds": record.compute_seconds,
+            "metrics": client.records(),
+        }
+        return Reply(tensors, meta)
+
+    def _client(self, task: Task, workspace: Workspace, state: Mapping[str, Tensor]) -> Client:
+        seed = np.random.SeedSequence([self._spec.seed, zlib.crc32(self.role.name.encode()), task.round])
+        return Client(
+            site=self.role.name,
+            round=task.round,
+            rounds=self._spec.federation.rounds,
+            model=workspace.model,
+            extra=workspace.extra,
+            task=self._task,
+            parameters=workspace.parameters,
+            received=task.tensors,
+            sampler=self._sampler,
+            state={name.removeprefix(_METHOD): value for name, value in state.items() if name.startswith(_METHOD)},
+            rng=np.random.default_rng(seed),
+            exporting=bool(task.meta.get("export", False)),
+            _memory=self._memory,
+        )
+
+    def _batches(self, rng: np.random.Generator) -> Iterator[Batch]:
+        size = self._spec.training.batch_size
+        while True:
+            yield self._sampler.gather(self._sampler.draw(size, rng))
+
+    def _keep(self, round_: int, client: Client, workspace: Workspace, keeps: bool) -> None:
+        state = {f"{_METHOD}{name}": value for name, value in client.state.items()}
+        if workspace.parameters.private.numel():
+            state["private"] = workspace.parameters.private.clone()
+        if keeps:
+            state |= {f"{_MOMENTS}{name}": value for name, value in workspace.optimiser.state().items()}
+        self._states.save(round_, state)
+
+    def _evaluate(self, task: Task, workspace: Workspace) -> Reply:
+        private = task.tensors.get("private")
+        if private is None and self.role.trains:
+            private = self._states.before(task.round + 1).get("private")
+        workspace.load(task.tensors["shared"], private)
+        if task.meta.get("part") == "validation":
+            return Reply(meta={"loss": self._scores.loss(workspace.twin, self._task)})
+        if task.meta.get("personal", False):
+            workspace.twin.save_pretrained(self._folder / "model")
+        return Reply(meta=self._scores.test(workspace.twin, baselines=bool(task.meta.get("baselines", False))))

@@ -1,0 +1,108 @@
+"""A worker's own copy of model, flat parameters and optimiser, reused for every site of the same shape."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedcast.methods.base import Method
+from fedcast.models.patch import PatchTransformer
+from fedcast.spec import RunSpec
+from fedcast.training.flat import FlatAdamW, FlatParameters, Layout
+from fedcast.training.precision import Precision, dtype_of
+
+# Building modules draws from torch's global random stream, which threads share.
+_BUILD = threading.Lock()
+
+
+@dataclass
+class Workspace:
+    """Model in compute precision, its float32 twin for evaluation, the method's modules, and what trains them.
+
+    Attributes
+    ----------
+    initial
+        Weights before any training ``[size]``: the same at every site and at the server.
+    model_size
+        Length of the part of the vector that is the model; the method's own modules come after it.
+    """
+
+    model: PatchTransformer
+    twin: PatchTransformer
+    extra: nn.ModuleDict
+    parameters: FlatParameters
+    optimiser: FlatAdamW
+    initial: Tensor
+    model_size: int
+
+    def load(self, shared: Tensor, private: Tensor | None) -> None:
+        """Take over shared weights and, where given, private ones (of the model, or of model and extra modules)."""
+        self.parameters.vector.copy_(self.initial)
+        self.parameters.shared.copy_(shared)
+        if private is not None:
+            self.parameters.private[: private.numel()].copy_(private)
+        self.parameters.publish()
+
+    @property
+    def private_of_model(self) -> Tensor:
+        """The private weights without those of the extra modules, as a view."""
+        return self.parameters.vector[self.parameters.layout.shared_size : self.model_size]
+
+
+def model_layout(spec: RunSpec, method: Method) -> tuple[Layout, Tensor]:
+    """Return the layout of the model's parameters and their initial values ``[size]``."""
+    with _BUILD:
+        model = PatchTransformer.from_spec(spec.model, seed=spec.seed)
+    named = dict(model.named_parameters())
+    layout = Layout.of(named, method.shares)
+    return layout, layout.flatten(named)
+
+
+def build_workspace(spec: RunSpec, method: Method, extra: Mapping[str, nn.Module], precision: Precision) -> Workspace:
+    """Build a workspace for sites whose extra modules have these shapes."""
+    with _BUILD:
+        model = PatchTransformer.from_spec(spec.model, seed=spec.seed)
+        twin = PatchTransformer.from_spec(spec.model, seed=spec.seed)
+    modules = nn.ModuleDict(dict(extra))
+    shared = {name: p for name, p in model.named_parameters() if method.shares(name)}
+    private = {name: p for name, p in model.named_parameters() if name not in shared}
+    own = {f"extra.{name}": p for name, p in modules.named_parameters()}
+    named = {**shared, **private, **own}
+    layout = Layout.of(named, lambda name: name in shared)
+    parameters = FlatParameters(named, layout, dtype_of(precision))
+    parameters.bind(dict(twin.named_parameters()))
+    training = spec.training
+    optimiser = FlatAdamW(
+        parameters, beta1=training.beta1, beta2=training.beta2, weight_decay=training.weight_decay, clip_norm=training.clip_norm
+    )
+    model_size = layout.size - sum(p.numel() for p in own.values())
+    model.train()
+    twin.eval()
+    return Workspace(model, twin, modules, parameters, optimiser, parameters.vector.clone(), model_size)
+
+
+class Workspaces(threading.local):
+    """One set of workspaces a thread."""
+
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+        self._made: dict[object, Workspace] = {}
+
+    def get(
+        self, key: object, spec: RunSpec, method: Method, make_extra: Callable[[], dict[str, nn.Module]], precision: Precision
+    ) -> Workspace:
+        """Return this thread's workspace for a key, building it (with extra modules of its own) the first time."""
+        if key not in self._made:
+            self._made[key] = build_workspace(spec, method, make_extra(), precision)
+        return self._made[key]
+
+
+def build_extra(make: Callable[[], dict[str, nn.Module]], seed: int) -> dict[str, nn.Module]:
+    """Build a method's own modules reproducibly, without moving torch's global random stream."""
+    with _BUILD, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()

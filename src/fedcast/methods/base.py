@@ -1,0 +1,275 @@
+"""The contract of a federated method, and the registry that finds every method.
+
+A method is one file: a frozen dataclass of its hyper-parameters and the hooks it needs. Every hook has FedAvg's behaviour by
+default, so FedAvg itself is an empty class. ``docs/adding-a-method.md`` has a complete example of forty lines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
+
+import numpy as np
+import torch
+from pydantic import ValidationError, create_model
+from torch import Tensor, nn
+
+from fedcast.data.windows import Batch, WindowSampler
+from fedcast.errors import SpecError, UnknownNameError
+from fedcast.models.base import ModelConfig, Output
+from fedcast.models.patch import PatchTransformer
+from fedcast.spec import MethodSpec
+from fedcast.tasks.forecast import ForecastTask
+from fedcast.training.flat import FlatParameters, Layout, weighted_mean
+
+METHODS: dict[str, type[Method]] = {}
+T = TypeVar("T")
+
+
+@dataclass
+class Client:
+    """What a method sees of a site while the site works on a task.
+
+    Attributes
+    ----------
+    site
+        The site's own name.
+    round, rounds
+        This round (from 1) and how many there are.
+    model
+        The model in its compute precision; its parameters are views into ``parameters``.
+    extra
+        The method's own modules (:meth:`Method.modules`), trained beside the model and never sent.
+    parameters
+        Flat weights and gradients of model and extra modules.
+    received
+        Tensors the server sent, such as ``"shared"`` (the shared weights) and the method's own.
+    sampler
+        The site's training windows.
+    state
+        The method's tensors that outlive the task; they stay at the site.
+    rng
+        Seeded by run, site and round.
+    exporting
+        Whether the server asked for the private part of the model, to serve domains that no site has seen.
+    """
+
+    site: str
+    round: int
+    rounds: int
+    model: PatchTransformer
+    extra: nn.ModuleDict
+    task: ForecastTask
+    parameters: FlatParameters
+    received: Mapping[str, Tensor]
+    sampler: WindowSampler
+    state: dict[str, Tensor]
+    rng: np.random.Generator
+    exporting: bool = False
+    scratch: dict[str, Any] = field(default_factory=dict)
+    _memory: dict[str, Any] = field(default_factory=dict)
+    _records: dict[str, list[Tensor | float]] = field(default_factory=dict)
+
+    def task_loss(self, batch: Batch) -> tuple[Tensor, Output]:
+        """Return the task's loss (a scalar) and the model's output for a batch."""
+        output = self.model.normalised(batch.context, batch.mask, batch.target.shape[1])
+        return self.task.loss(output, batch), output
+
+    def record(self, name: str, value: Tensor | float) -> None:
+        """Note a scalar of this step; its mean over the steps goes into the round's row."""
+        self._records.setdefault(name, []).append(value.detach() if isinstance(value, Tensor) else value)
+
+    def records(self) -> dict[str, float]:
+        """Return the mean of every recorded scalar."""
+        return {name: float(sum(float(v) for v in values) / len(values)) for name, values in self._records.items()}
+
+    def memo(self, name: str, make: Callable[[], T]) -> T:
+        """Return a value made once a site and kept while the process lives; it must depend on nothing but the site's data and spec."""
+        if name not in self._memory:
+            self._memory[name] = make()
+        value: T = self._memory[name]
+        return value
+
+
+@dataclass(frozen=True)
+class Update:
+    """A screened reply, as a method's server step sees it.
+
+    Attributes
+    ----------
+    site
+        Who sent it.
+    tensors
+        ``"shared"`` (float32 ``[shared_size]``), on exporting rounds ``"private"`` (float32 ``[private_size]``), and the method's own.
+    samples
+        Training points at the site.
+    """
+
+    site: str
+    tensors: Mapping[str, Tensor]
+    samples: int
+
+
+@dataclass
+class Server:
+    """The server's state, checkpointed every round.
+
+    Attributes
+    ----------
+    layout
+        Layout of the model's parameters.
+    shared
+        Shared weights, float32 ``[shared_size]``.
+    private
+        Weights of the private part for domains that no site has seen (the shadow decoder), float32 ``[private_size]``; empty
+        until a round exports one.
+    tensors
+        The method's own tensors.
+    round, rounds
+        The round just being aggregated (from 1) and how many there are.
+    log
+        JSON values for the round's row.
+    """
+
+    layout: Layout
+    shared: Tensor
+    private: Tensor
+    tensors: dict[str, Tensor]
+    round: int
+    rounds: int
+    log: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods; subclass it in a file of its own and it is registered under ``name``.
+
+    Class attributes
+    ----------------
+    name
+        The name in a spec.
+    summary
+        One line for ``fedcast methods``.
+    pooled
+        True for centralised controls: one client holds all domains.
+    balance
+        How a client draws windows: over all windows, or first over its data sets or domains.
+    unseen
+        Which model forecasts a domain that no site has seen: the ``"shared"`` one (with the shadow of the private part where there
+        is one), or ``"each"`` site's own in turn, their scores averaged.
+    """
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    pooled: ClassVar[bool] = False
+    balance: ClassVar[Literal["none", "dataset", "domain"]] = "dataset"
+    unseen: ClassVar[Literal["shared", "each"]] = "shared"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Register the subclass; a duplicate or empty name is refused."""
+        super().__init_subclass__(**kwargs)
+        if not cls.name:
+            raise SpecError(f"method class {cls.__name__} has no name", hint="set the class attribute `name`")
+        known = METHODS.get(cls.name)
+        # A slotted or re-executed definition of the same class replaces itself; another class must not take its name.
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise SpecError(f"two methods are named {cls.name!r}: {known.__module__} and {cls.__module__}", hint="rename one of them")
+        METHODS[cls.name] = cls
+
+    def shares(self, name: str) -> bool:
+        """Return whether the parameter of that name travels; the others never leave their site."""
+        return True
+
+    def modules(self, config: ModelConfig, sampler: WindowSampler) -> dict[str, nn.Module]:
+        """Return modules that are trained beside the model at this site and never sent."""
+        return {}
+
+    def local_loss(self, client: Client, batch: Batch) -> Tensor:
+        """Return the loss of a batch: the task's, plus the method's terms."""
+        loss, _ = client.task_loss(batch)
+        return loss
+
+    def reply(self, client: Client) -> dict[str, Tensor]:
+        """Return further tensors to send beside the shared weights; declared by :meth:`reply_shapes`."""
+        return {}
+
+    def reply_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Return names and shapes of the further tensors of a reply: what the screen lets pass."""
+        return {}
+
+    def message(self, server: Server, site: str) -> dict[str, Tensor]:
+        """Return the tensors sent to a site at the start of a round."""
+        return {"shared": server.shared}
+
+    def aggregate(self, server: Server, updates: Sequence[Update]) -> None:
+        """Combine the updates (in the order of the sites' names) into the server's state."""
+        self.combine(server, updates, [float(update.samples) for update in updates])
+
+    def combine(self, server: Server, updates: Sequence[Update], weights: Sequence[float]) -> None:
+        """Set the shared weights, and on exporting rounds the shadow of the private part, to weighted means; log the weights."""
+        server.shared = weighted_mean((u.tensors["shared"] for u in updates), weights)
+        if all("private" in u.tensors for u in updates):
+            server.private = weighted_mean((u.tensors["private"] for u in updates), weights)
+        mass = sum(weights)
+        server.log["weights"] = {u.site: weight / mass for u, weight in zip(updates, weights, strict=True)}
+
+
+def method_names() -> list[str]:
+    """Return the names of all methods, sorted."""
+    return sorted(METHODS)
+
+
+def build_method(spec: MethodSpec) -> Method:
+    """Return the method a spec names, its hyper-parameters checked.
+
+    Raises
+    ------
+    UnknownNameError
+        When no method or hyper-parameter has that name.
+    SpecError
+        When a hyper-parameter's value is refused.
+    """
+    if spec.name not in METHODS:
+        raise UnknownNameError.of("method", spec.name, METHODS)
+    cls = METHODS[spec.name]
+    known = [f.name for f in dataclasses.fields(cls)]
+    for option in spec.options:
+        if option not in known:
+            raise UnknownNameError.of(f"hyper-parameter of method {spec.name!r}:", option, known)
+    # A pydantic twin of the dataclass: hints are resolved in the module of each class, also for methods outside this package.
+    hints = get_type_hints(cls, include_extras=True)
+    fields: dict[str, Any] = {f.name: (hints[f.name], f.default) for f in dataclasses.fields(cls)}
+    try:
+        return cls(**dict(create_model(cls.__name__, **fields).model_validate(spec.options)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise SpecError(
+            f"method.{key} = {first['input']!r} is refused: {first['msg']}", hint=f"see `fedcast methods {spec.name}`"
+        ) from error
+
+
+def describe_methods() -> list[dict[str, Any]]:
+    """Return name, summary and hyper-parameters (name, type, default, description) of every method."""
+    rows = []
+    for name in method_names():
+        cls = METHODS[name]
+        parameters = [
+            {"name": f.name, "type": str(f.type), "default": f.default, "description": f.metadata.get("doc", "")}
+            for f in dataclasses.fields(cls)
+        ]
+        rows.append({"name": name, "summary": cls.summary, "parameters": parameters})
+    return rows
+
+
+def hyper(default: T, doc: str) -> T:
+    """Declare a hyper-parameter with its default and one line of documentation."""
+    value: T = field(default=default, metadata={"doc": doc})
+    return value
+
+
+def empty() -> Tensor:
+    """Return an empty float32 vector."""
+    return torch.zeros(0)

@@ -1,0 +1,20 @@
+"""FedAvg on the encoder only: decoder and heads stay personal (FedPer-like control for FedTRL, fedtrl.md A5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedcast.methods.base import Method
+
+
+@dataclass(frozen=True)
+class FedAvgEncoder(Method):
+    """Only the encoder travels; domains that no site has seen get the mean of the sites' decoders and heads."""
+
+    name: ClassVar[str] = "fedavg_encoder"
+    summary: ClassVar[str] = "average of encoders; decoder and heads stay at their site"
+
+    def shares(self, name: str) -> bool:
+        """Let the encoder travel."""
+        return name.startswith("encoder.")

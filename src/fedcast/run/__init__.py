@@ -1,0 +1,1 @@
+"""One call = one spec -> one run folder."""

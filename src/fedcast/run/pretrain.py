@@ -1,0 +1,245 @@
+"""Train a foundation model from a spec: the main job of fedcast."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+import fedcast.methods  # noqa: F401 - registers the methods
+from fedcast.federated.checkpoint import Checkpoints, Progress, digest
+from fedcast.federated.messages import Reply
+from fedcast.federated.rounds import Observer, RoundLoop, Silent
+from fedcast.federated.site import SiteRole
+from fedcast.federated.workspace import model_layout
+from fedcast.methods.base import Method, Server, build_method, empty
+from fedcast.models.base import ModelConfig
+from fedcast.models.patch import PatchTransformer
+from fedcast.run.folder import RunFolder, write_text
+from fedcast.run.prepare import Prepared, prepare, start_fleet
+from fedcast.spec import RunSpec, load_spec
+from fedcast.training.precision import resolve_precision
+from fedcast.version import __version__, code_version
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes
+    ----------
+    folder
+        The run folder.
+    """
+
+    folder: Path
+
+    @property
+    def final(self) -> Path:
+        """Folder of the model after the last round."""
+        return RunFolder(self.folder).final
+
+    @property
+    def best(self) -> Path:
+        """Folder of the model with the smallest validation loss."""
+        return RunFolder(self.folder).best
+
+    def rows(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """Return the logged rows, all or of one kind (``round``, ``validation``, ``result``)."""
+        return RunFolder(self.folder).rows(kind)
+
+    def results(self) -> pd.DataFrame:
+        """Return the test scores, one row a model and domain."""
+        return RunFolder(self.folder).results()
+
+
+def pretrain(
+    spec: RunSpec | str | Path,
+    *,
+    output: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    observer: Observer | None = None,
+) -> Run:
+    """Train a model over the spec's domains and score it on theirs and on held-out ones.
+
+    A folder that already holds this run is resumed: a run killed at any point and started again ends with the same bytes.
+
+    Parameters
+    ----------
+    spec
+        A spec, or the path of a TOML file.
+    output
+        Run folder; ``runs/<name>`` when absent.
+    overrides
+        Dotted assignments such as ``"federation.rounds=5"``, when ``spec`` is a path.
+    observer
+        Hears of phases, sites and rows.
+
+    Returns
+    -------
+    Run
+        The finished run.
+
+    Raises
+    ------
+    SpecError, DataError, FederationError, ResumeError
+        See :mod:`fedcast.errors`.
+    """
+    run_spec = spec if isinstance(spec, RunSpec) else load_spec(spec, overrides)
+    method = build_method(run_spec.method)
+    folder = RunFolder(output if output is not None else Path("runs") / run_spec.name)
+    prepared = prepare(run_spec, method)
+    with folder.locked():
+        held = folder.claim(run_spec, _about(run_spec, prepared))
+        # Resolved once, by whoever started the run: every site computes in the same precision, also after a resume elsewhere.
+        training = run_spec.training.model_copy(update={"precision": folder.about()["precision"]})
+        resolved = run_spec.model_copy(update={"training": training})
+        if not (held and (folder.path / "results.parquet").is_file()):
+            _Pretraining(resolved, method, prepared, folder, observer or Silent()).run(resume=held)
+    return Run(folder.path)
+
+
+def _about(spec: RunSpec, prepared: Prepared) -> dict[str, Any]:
+    return {
+        "spec_fingerprint": spec.fingerprint(),
+        "data_fingerprint": prepared.fingerprint,
+        "precision": resolve_precision(spec.training.precision),
+        "version": __version__,
+        "code": code_version(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": str(torch.cpu.get_capabilities().get("cpu_name", platform.machine())),
+    }
+
+
+class _Pretraining:
+    """One run in the making."""
+
+    def __init__(self, spec: RunSpec, method: Method, prepared: Prepared, folder: RunFolder, observer: Observer) -> None:
+        self._spec, self._method, self._prepared = spec, method, prepared
+        self._folder, self._observer = folder, observer
+        layout, self._initial = model_layout(spec, method)
+        self._server = Server(
+            layout=layout,
+            shared=self._initial[: layout.shared_size].clone(),
+            private=empty(),
+            tensors={},
+            round=0,
+            rounds=spec.federation.rounds,
+        )
+
+    def run(self, *, resume: bool) -> None:
+        checkpoints = Checkpoints(self._folder.checkpoints)
+        progress = (checkpoints.load(self._server) if resume else None) or Progress()
+        self._folder.rewind(self._server.round, progress.rows)
+        fleet = start_fleet(self._spec, self._method, self._prepared, self._folder)
+        try:
+            loop = RoundLoop(
+                spec=self._spec,
+                method=self._method,
+                fleet=fleet,
+                roles=self._prepared.roles,
+                samples=self._prepared.samples,
+                server=self._server,
+                checkpoints=checkpoints,
+                log=self._folder.append,
+                keep_best=lambda server: self._save_model(server.private, self._folder.best),
+                observer=self._observer,
+            )
+            progress = loop.run(progress)
+            self._finish(loop, progress)
+        finally:
+            fleet.close()
+        self._observer.finish()
+
+    def _finish(self, loop: RoundLoop, progress: Progress) -> None:
+        """Score the final model, save it, and write the results."""
+        self._observer.phase("test", self._server.round)
+        each = {n.removeprefix("each."): t for n, t in sorted(self._server.tensors.items()) if n.startswith("each.")}
+        if each:
+            for site, private in each.items():
+                self._save_model(private, self._folder.final / site)
+        else:
+            self._save_model(self._server.private, self._folder.final)
+        roles = self._prepared.roles
+        seen = [name for name, role in sorted(roles.items()) if role.evaluates and not role.held_out]
+        unseen = [name for name, role in sorted(roles.items()) if role.held_out]
+        personal = self._server.layout.private_size > 0
+        answers = loop.evaluate(seen, {"part": "test", "baselines": True, "personal": personal})
+        if each:
+            answers |= self._average(loop, unseen, list(each.values()))
+        else:
+            answers |= loop.evaluate(unseen, {"part": "test", "baselines": True})
+        rows, samples = [], []
+        for site, reply in answers.items():
+            rows += self._result_rows(roles[site], reply, progress)
+            samples += [{**sample, "held_out": roles[site].held_out} for sample in reply.meta["samples"]]
+        for row in rows:
+            self._folder.append(row)
+            self._observer.row(row)
+        write_text(self._folder.path / "samples.json", json.dumps(samples))
+        pd.DataFrame(rows).to_parquet(self._folder.path / "results.parquet")
+
+    def _average(self, loop: RoundLoop, sites: Sequence[str], models: Sequence[Tensor]) -> dict[str, Reply]:
+        """Score every site's own model on unseen domains and average the scores."""
+        answers = [loop.evaluate(sites, {"part": "test", "baselines": i == 0}, private=model) for i, model in enumerate(models)]
+        mean: dict[str, Reply] = {}
+        for site in sites:
+            scores = [answer[site].meta["scores"] for answer in answers]
+            average = {name: sum(float(score[name]) for score in scores) / len(scores) for name in scores[0]}
+            mean[site] = Reply(meta={**answers[0][site].meta, "scores": average})
+        return mean
+
+    def _result_rows(self, role: SiteRole, reply: Reply, progress: Progress) -> list[dict[str, Any]]:
+        spec = self._spec
+        name = self._method.name
+        scored: dict[str, Mapping[str, float]] = {name: reply.meta["scores"], **reply.meta["baselines"]}
+        steps = sum(int(s["steps"]) for row in self._folder.rows("round") for s in row["sites"].values())
+        shared = {
+            "kind": "result",
+            "domain": role.name,
+            "held_out": role.held_out,
+            "part": "test",
+            "task": "forecast",
+            "windows": reply.meta["windows"],
+            "horizon": spec.model.horizon,
+            "context": spec.model.context,
+            "size": spec.model.size,
+            "seed": spec.seed,
+            "method": name,
+            "options": json.dumps(spec.method.options, sort_keys=True),
+            "data_fingerprint": self._prepared.fingerprint,
+            "spec_fingerprint": self._folder.about()["spec_fingerprint"],
+            "weights_sha256": digest(self._server),
+            "version": __version__,
+            "code": code_version(),
+            "rounds": self._server.round,
+            "gradient_steps": steps,
+            "wall_seconds": progress.seconds,
+            "bytes_total": progress.bytes_up + progress.bytes_down,
+        }
+        return [{**shared, "model": model, **{k: _number(v) for k, v in scores.items()}} for model, scores in scored.items()]
+
+    def _save_model(self, private: Tensor, folder: Path) -> None:
+        """Write shared and private weights as a model that ``Forecaster.from_pretrained`` loads."""
+        layout = self._server.layout
+        if private.numel() == 0:
+            private = self._initial[layout.shared_size :]
+        model = PatchTransformer(ModelConfig.of(self._spec.model))
+        views = layout.views(torch.cat([self._server.shared, private]))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(views[name])
+        model.save_pretrained(folder)
+
+
+def _number(value: float) -> float | None:
+    # JSON has no NaN; a score that does not exist is null.
+    return None if value != value else float(value)

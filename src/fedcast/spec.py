@@ -1,0 +1,251 @@
+"""One spec describes one run: data, model, method, training, federation, evaluation.
+
+A spec is TOML on disk and a frozen pydantic model in memory. Unknown keys are refused; no value can name Python code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedcast.errors import SpecError, UnknownNameError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSpec(_Section):
+    """Where the series come from, how they are split by time and how they are spread over clients."""
+
+    source: str = Field(
+        "bundled", description="'bundled', 'catalogue' (the folder FEDCAST_DATA names), or a folder: each file or sub-folder is a domain"
+    )
+    domains: tuple[str, ...] = Field((), description="domains to train on; empty: all that are not held out")
+    held_out: tuple[str, ...] = Field((), description="domains never touched in training, forecast zero-shot at the end")
+    time: str | None = Field(None, description="name of the time column; recognised when it is a known dialect")
+    id: str | None = Field(None, description="name of the series column")
+    target: str | None = Field(None, description="name of the target column")
+    freq: str | None = Field(None, description="pandas frequency of every series; inferred when absent")
+    validation: float = Field(0.1, gt=0, lt=0.5, description="share of each series, before the test part, for validation")
+    test: float = Field(0.2, gt=0, lt=0.8, description="share of each series, at its end, for testing")
+    partition: Literal["domain", "series", "iid", "dirichlet", "long_tail"] = Field(
+        "domain", description="how series are spread over clients"
+    )
+    clients: int = Field(8, ge=1, description="number of clients, for every partition but 'domain'")
+    concentration: float = Field(0.5, gt=0, description="Dirichlet concentration over domains (partition 'dirichlet')")
+    imbalance: float = Field(0.1, gt=0, le=1, description="smallest client's size over the largest's (partition 'long_tail')")
+
+
+class ModelSpec(_Section):
+    """The native patch transformer's size and shape."""
+
+    size: Literal["nano", "tiny", "small", "base"] = Field("nano", description="about 0.5M, 3M, 20M, 80M parameters")
+    context: int = Field(256, ge=16, description="longest context, in time steps")
+    horizon: int = Field(64, ge=1, description="steps forecast in one pass; longer horizons are rolled")
+    patch: int = Field(16, ge=1, description="time steps a patch")
+    position: Literal["rope", "learned"] = Field("rope", description="position encoding")
+
+
+class MethodSpec(_Section):
+    """The method's name and its hyper-parameters, which stand beside the name in TOML."""
+
+    name: str = Field("fedtrl", description="see `fedcast methods`")
+    options: dict[str, Any] = Field(default_factory=dict, description="hyper-parameters of the method, checked against it")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_options(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and "options" not in value:
+            return {"name": value.get("name", "fedtrl"), "options": {k: v for k, v in value.items() if k != "name"}}
+        return value
+
+
+class TrainingSpec(_Section):
+    """What one local step is."""
+
+    batch_size: int = Field(32, ge=1, description="windows a step")
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment decay")
+    beta2: float = Field(0.99, ge=0, lt=1, description="AdamW's second moment decay")
+    clip_norm: float = Field(1.0, gt=0, description="largest gradient norm")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of all local steps with rising learning rate")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="learning rate after the warm-up")
+    final_rate: float = Field(0.05, ge=0, le=1, description="learning rate at the end over its peak (schedule 'cosine')")
+    moments: Literal["keep", "reset"] = Field("keep", description="whether a site keeps its AdamW moments between rounds")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="compute precision; master weights are float32; 'auto' asks the processor"
+    )
+
+
+class FederationSpec(_Section):
+    """The rounds and the fleet that carries them."""
+
+    rounds: int = Field(20, ge=1, description="communication rounds")
+    local_steps: int = Field(50, ge=1, description="gradient steps a site and round")
+    local_epochs: float | None = Field(None, gt=0, description="passes over a site's training points a round, instead of local_steps")
+    participation: float = Field(1.0, gt=0, le=1, description="share of sites selected each round")
+    quorum: float = Field(0.5, gt=0, le=1, description="share of selected sites whose replies must be usable")
+    deadline_s: float | None = Field(None, gt=0, description="seconds after which a round closes without the missing replies")
+    fleet: Literal["threads", "processes"] = Field("threads", description="worker threads in this process, or worker processes")
+    workers: int = Field(2, ge=1, description="sites that work at the same time, one core each")
+
+
+class EvaluationSpec(_Section):
+    """What is scored, how often, and beside which baselines."""
+
+    every: int = Field(1, ge=1, description="rounds between validations")
+    windows: int = Field(64, ge=1, description="test windows a domain, spread evenly over series and time")
+    validation_windows: int = Field(64, ge=1, description="validation windows a domain")
+    baselines: tuple[Literal["seasonal_naive", "auto_ets", "auto_theta"], ...] = Field(
+        ("seasonal_naive",), description="forecasters scored on the same windows"
+    )
+    samples: int = Field(
+        2, ge=0, description="forecasts a domain kept for the report; they leave the site together with their truth, so 0 for private data"
+    )
+
+
+class RunSpec(_Section):
+    """One call = one spec -> one run folder."""
+
+    name: str = Field("run", min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run")
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of everything random")
+    data: DataSpec = DataSpec()
+    model: ModelSpec = ModelSpec()
+    method: MethodSpec = MethodSpec()
+    training: TrainingSpec = TrainingSpec()
+    federation: FederationSpec = FederationSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the spec as a TOML-ready dict; ``None`` values are left out, since TOML has none."""
+        document = _without_none(self.model_dump(mode="json"))
+        method = document["method"]
+        document["method"] = {"name": method["name"], **method["options"]}
+        return document
+
+    def to_toml(self) -> str:
+        """Return the spec as TOML."""
+        return tomli_w.dumps(self.to_dict())
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 over everything that can change a trained byte (not name, fleet, workers)."""
+        document = self.to_dict()
+        del document["name"]
+        for key in ("fleet", "workers"):
+            del document["federation"][key]
+        return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return value
+
+
+def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
+    """Read a TOML spec and apply ``key=value`` overrides.
+
+    Parameters
+    ----------
+    path
+        A TOML file.
+    overrides
+        Dotted assignments such as ``"federation.rounds=5"``; the value is read as TOML, or as a string where it is not TOML.
+
+    Raises
+    ------
+    SpecError
+        When the file is missing, not TOML, or a value is refused.
+    UnknownNameError
+        When a key is unknown.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise SpecError(f"no spec at {file}", hint="write one with `fedcast init SPEC.toml`, or check the path")
+    try:
+        document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SpecError(f"{file} is not TOML: {error}", hint="mend that line; strings need quotes") from error
+    return parse_spec(document, overrides, source=str(file))
+
+
+def parse_spec(document: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "spec") -> RunSpec:
+    """Build a spec from a dict and overrides; see :func:`load_spec`."""
+    merged = json.loads(json.dumps(document, default=str))
+    for assignment in overrides:
+        _assign(merged, assignment)
+    try:
+        return RunSpec.model_validate(merged)
+    except ValidationError as error:
+        raise _spec_error(error, source) from error
+
+
+def _assign(document: dict[str, Any], assignment: str) -> None:
+    key, equals, raw = assignment.partition("=")
+    if not equals or not key.strip():
+        raise SpecError(f"cannot read the override {assignment!r}", hint="write key=value, such as federation.rounds=5")
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    *path, leaf = key.strip().split(".")
+    node = document
+    for part in path:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise SpecError(f"{part!r} in the override {assignment!r} is a value, not a section", hint="see `fedcast init --keys`")
+    node[leaf] = value
+
+
+def _spec_error(error: ValidationError, source: str) -> SpecError:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        unknown = UnknownNameError.of("key", key, [".".join([*location[:-1], name]) for name in known])
+        return UnknownNameError(f"{source}: {unknown.message}", hint=unknown.hint)
+    return SpecError(
+        f"{source}: {key} = {first['input']!r} is refused: {first['msg']}", hint="see `fedcast init --keys` for every key and what it takes"
+    )
+
+
+def _known_keys(path: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = RunSpec
+    for part in path:
+        field = model.model_fields.get(part)
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            return []
+        model = field.annotation
+    return list(model.model_fields)
+
+
+def iter_keys() -> list[tuple[str, str, str, str]]:
+    """Return every key of a spec as (dotted key, type, default, description)."""
+    rows = []
+    for name, field in RunSpec.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
+            for leaf, inner in field.annotation.model_fields.items():
+                rows.append((f"{name}.{leaf}", _type_name(inner.annotation), _default(inner), inner.description or ""))
+        else:
+            rows.append((name, _type_name(field.annotation), _default(field), field.description or ""))
+    return rows
+
+
+def _type_name(annotation: Any) -> str:
+    if isinstance(annotation, type):
+        return annotation.__name__
+    return str(annotation).replace("typing.", "").replace("NoneType", "None")
+
+
+def _default(field: Any) -> str:
+    return "{}" if field.default_factory is not None else json.dumps(field.default, default=list)

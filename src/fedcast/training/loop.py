@@ -1,0 +1,71 @@
+"""The local training loop: a fixed number of AdamW steps on random windows."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedcast.data.windows import Batch
+from fedcast.spec import TrainingSpec
+from fedcast.training.flat import FlatAdamW, FlatParameters
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What a call of :func:`train` did: mean loss, and seconds inside forward, backward and optimiser."""
+
+    loss: float
+    compute_seconds: float
+
+
+def learning_rate(training: TrainingSpec, step: int, total: int) -> float:
+    """Return the learning rate at a step of ``total``: linear warm-up, then cosine or constant."""
+    warmup = max(1, round(training.warmup * total))
+    if step < warmup:
+        return training.learning_rate * (step + 1) / warmup
+    if training.schedule == "constant":
+        return training.learning_rate
+    progress = (step - warmup) / max(1, total - warmup)
+    floor = training.final_rate
+    return training.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def train(
+    parameters: FlatParameters,
+    optimiser: FlatAdamW,
+    batches: Iterator[Batch],
+    loss: Callable[[Batch], Tensor],
+    *,
+    steps: int,
+    rate: Callable[[int], float],
+) -> TrainingRecord:
+    """Take ``steps`` steps.
+
+    Parameters
+    ----------
+    parameters, optimiser
+        What is trained and how; gradients are accumulated into ``parameters.gradient`` in place.
+    batches
+        Training batches, drawn as they are needed.
+    loss
+        Scalar loss of a batch.
+    steps
+        Number of gradient steps.
+    rate
+        Learning rate of a local step.
+    """
+    total, seconds = 0.0, 0.0
+    for step in range(steps):
+        batch = next(batches)
+        start = time.perf_counter()
+        parameters.gradient.zero_()
+        value = loss(batch)
+        value.backward()  # type: ignore[no-untyped-call]
+        optimiser.step(rate(step))
+        total += value.item()
+        seconds += time.perf_counter() - start
+    return TrainingRecord(loss=total / max(1, steps), compute_seconds=seconds)
