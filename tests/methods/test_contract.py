@@ -1,0 +1,107 @@
+"""One contract for every method: a new file in ``fedcast/methods`` is found and tested here without an edit."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, dataclass, fields
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+
+import fedcast.methods
+from fedcast.errors import SpecError, UnknownNameError
+from fedcast.methods.base import METHODS, Method, build_method, describe_methods, method_names
+from fedcast.run.pretrain import Run
+from fedcast.spec import MethodSpec, RunSpec
+from tests.federations import small_spec, train_small
+
+_FILES = {path.stem for path in Path(fedcast.methods.__path__[0]).glob("*.py")} - {"__init__", "base", "subdomains"}
+
+
+def test_when_a_file_stands_in_the_folder_then_its_method_is_registered_under_its_name() -> None:
+    assert set(method_names()) >= _FILES
+
+
+@pytest.mark.parametrize("name", sorted(_FILES))
+def test_when_a_method_is_described_then_every_hyper_parameter_has_a_default_and_a_line(name: str) -> None:
+    row = next(row for row in describe_methods() if row["name"] == name)
+    assert row["summary"]
+    assert [p["name"] for p in row["parameters"]] == [f.name for f in fields(METHODS[name])]
+    assert all(p["description"] for p in row["parameters"])
+    method = build_method(MethodSpec(name=name))
+    for parameter in fields(method):
+        with pytest.raises(FrozenInstanceError):
+            setattr(method, parameter.name, None)
+
+
+@pytest.mark.parametrize("name", sorted(_FILES))
+def test_when_a_method_gets_an_unknown_hyper_parameter_then_it_is_refused(name: str) -> None:
+    with pytest.raises(UnknownNameError, match="learning_speed"):
+        build_method(MethodSpec(name=name, options={"learning_speed": 1}))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    return {name: train_small(small_spec(name), tmp_path_factory.mktemp(name)) for name in sorted(_FILES)}
+
+
+@pytest.mark.parametrize("name", sorted(_FILES))
+def test_when_a_method_trains_then_it_learns_and_every_domain_is_scored(name: str, trained: dict[str, Run]) -> None:
+    run = trained[name]
+    losses = [row["mean"] for row in run.rows("validation")]
+    assert losses[-1] < losses[0]
+    results = run.results()
+    ours = results[results.model == name]
+    assert set(ours.domain) == {"energy", "health", "medical", "transport"}
+    assert ours.mse.notna().all()
+    assert ours.wql.notna().all()
+    assert set(ours[ours.held_out].domain) == {"transport"}
+    assert (ours.gradient_steps == ours.gradient_steps.iloc[0]).all()
+
+
+def test_when_methods_are_compared_then_they_took_equally_many_gradient_steps(trained: dict[str, Run]) -> None:
+    assert len({run.results().gradient_steps.iloc[0] for run in trained.values()}) == 1
+
+
+@pytest.mark.parametrize("name", sorted(_FILES))
+def test_when_a_method_trains_again_in_one_worker_then_the_bytes_are_the_same(name: str, trained: dict[str, Run], tmp_path: Path) -> None:
+    again = train_small(small_spec(name, workers=1), tmp_path)
+    assert again.results().weights_sha256.iloc[0] == trained[name].results().weights_sha256.iloc[0]
+
+
+def test_when_two_classes_take_one_name_then_the_second_is_refused() -> None:
+    with pytest.raises(SpecError, match="two methods are named 'fedavg'"):
+
+        @dataclass(frozen=True)
+        class Other(Method):
+            name: ClassVar[str] = "fedavg"
+
+
+def test_when_a_method_is_misspelt_then_the_right_one_is_proposed() -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'fedtrl'"):
+        build_method(MethodSpec(name="fedtrll"))
+
+
+@pytest.mark.parametrize(("option", "value"), [("alpha", -1), ("alpha", "much"), ("labels", "colour"), ("tau", 0)])
+def test_when_a_hyper_parameter_is_refused_then_it_is_named(option: str, value: object) -> None:
+    with pytest.raises(SpecError, match=rf"method\.{option}"):
+        build_method(MethodSpec(name="fedtrl", options={option: value}))
+
+
+def test_when_a_spec_names_python_code_then_it_is_only_an_unknown_name() -> None:
+    with pytest.raises(UnknownNameError):
+        build_method(RunSpec.model_validate({"method": {"name": "os.system"}}).method)
+
+
+def test_when_weights_are_private_then_they_never_stand_in_a_message(trained: dict[str, Run]) -> None:
+    rows = trained["fedtrl"].rows("round")
+    encoder = sum(p.numel() for n, p in _model().named_parameters() if n.startswith("encoder."))
+    # Three sites; 4 bytes a weight; the prototype is as wide as the model; not exporting in round 1.
+    assert rows[0]["bytes_up"] == 3 * 4 * (encoder + 128)
+
+
+def _model() -> torch.nn.Module:
+    from fedcast.models.patch import PatchTransformer
+
+    return PatchTransformer.from_spec(small_spec("fedtrl").model, seed=0)

@@ -1,0 +1,122 @@
+"""A run killed by SIGKILL at any point and started again ends with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedcast.errors import CheckpointError, ResumeError, RunError
+from fedcast.federated.rounds import Silent
+from fedcast.run.folder import RunFolder
+from fedcast.run.pretrain import Run, pretrain
+from tests.federations import small_spec, train_small
+
+PHASES = ["select", "client", "site", "aggregate", "evaluate", "checkpoint", "checkpoint-rename", "log", "test"]
+
+
+class Killer(Silent):
+    """Kills its own process at a phase of the second round (of the last one, for the final test)."""
+
+    def __init__(self, at: str, round_: int) -> None:
+        self._at, self._round = at, round_
+
+    def phase(self, name: str, round: int) -> None:
+        """Kill the process when the phase has come."""
+        if name == self._at and round == self._round:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def site_done(self, round: int, site: str) -> None:
+        """Kill the process between two sites' replies."""
+        self.phase("site", round)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train_small(small_spec(), tmp_path_factory.mktemp("undisturbed"))
+
+
+def weights(run: Run) -> bytes:
+    return (run.final / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_when_killed_in_a_phase_then_the_resumed_run_ends_with_the_same_bytes(phase: str, undisturbed: Run, tmp_path: Path) -> None:
+    round_ = 3 if phase == "test" else 2
+    script = "import sys; from tests.run.test_resume import die; die(sys.argv[1], int(sys.argv[2]), sys.argv[3])"
+    dead = subprocess.run([sys.executable, "-c", script, phase, str(round_), str(tmp_path / "run")], cwd=Path(__file__).parents[2])
+    assert dead.returncode == -signal.SIGKILL
+    assert not (tmp_path / "run" / "results.parquet").exists()
+    resumed = pretrain(small_spec(), output=tmp_path / "run")
+    assert weights(resumed) == weights(undisturbed)
+    assert resumed.results().weights_sha256.iloc[0] == undisturbed.results().weights_sha256.iloc[0]
+    for kind in ("round", "validation"):
+        ours, theirs = resumed.rows(kind), undisturbed.rows(kind)
+        assert [row["round"] for row in ours] == [row["round"] for row in theirs]
+        loss = [[site["loss"] for site in row["sites"].values()] for row in ours]
+        assert loss == [[site["loss"] for site in row["sites"].values()] for row in theirs]
+
+
+def die(phase: str, round_: int, folder: str) -> None:
+    """Train until the killer strikes; run by the test above in a process of its own."""
+    pretrain(small_spec(), output=folder, observer=Killer(phase, round_))
+
+
+def test_when_the_run_is_complete_then_starting_it_again_changes_nothing(tmp_path: Path) -> None:
+    spec = small_spec("fedavg", rounds=1)
+    first = train_small(spec, tmp_path)
+    stamp = first.folder.joinpath("metrics.jsonl").read_bytes()
+    assert train_small(spec, tmp_path).folder.joinpath("metrics.jsonl").read_bytes() == stamp
+
+
+def test_when_the_folder_holds_another_run_then_it_is_refused_and_kept(tmp_path: Path) -> None:
+    first = train_small(small_spec("fedavg", rounds=1), tmp_path)
+    kept = weights(first)
+    with pytest.raises(ResumeError, match="another spec"):
+        train_small(small_spec("fedavg", rounds=2), tmp_path)
+    assert weights(first) == kept
+
+
+def test_when_workers_or_fleet_change_then_the_folder_is_still_the_same_run() -> None:
+    assert small_spec(workers=1).fingerprint() == small_spec(workers=2, fleet="processes").fingerprint()
+    assert small_spec(rounds=1).fingerprint() != small_spec(rounds=2).fingerprint()
+
+
+def test_when_the_last_checkpoint_is_damaged_then_the_one_before_is_used(undisturbed: Run, tmp_path: Path) -> None:
+    script = "from tests.run.test_resume import die; import sys; die('select', 3, sys.argv[1])"
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], cwd=Path(__file__).parents[2], check=False)
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").glob("round-*"))
+    assert [path.name for path in checkpoints] == ["round-000001", "round-000002"]
+    damaged = checkpoints[-1] / "server.safetensors"
+    payload = bytearray(damaged.read_bytes())
+    payload[len(payload) // 2] ^= 1
+    damaged.write_bytes(payload)
+    assert weights(pretrain(small_spec(), output=tmp_path / "run")) == weights(undisturbed)
+
+
+def test_when_every_checkpoint_is_damaged_then_the_error_says_so(tmp_path: Path) -> None:
+    run = train_small(small_spec("fedavg", rounds=1), tmp_path)
+    (run.folder / "results.parquet").unlink()
+    for path in (run.folder / "checkpoints").glob("round-*/manifest.json"):
+        path.write_text("{}")
+    with pytest.raises(CheckpointError, match="every checkpoint"):
+        train_small(small_spec("fedavg", rounds=1), tmp_path)
+
+
+def test_when_another_process_holds_the_folder_then_it_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with folder.locked(), pytest.raises(RunError, match="in use"):
+        train_small(small_spec("fedavg", rounds=1), tmp_path)
+
+
+def test_when_the_log_ends_in_half_a_row_then_it_is_left_out(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.append({"kind": "round", "round": 1})
+    with folder.metrics.open("a") as file:
+        file.write(json.dumps({"kind": "round", "round": 2})[:9])
+    assert [row["round"] for row in folder.rows()] == [1]
