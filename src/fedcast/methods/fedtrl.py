@@ -58,7 +58,9 @@ class FedTRL(Method):
     alpha: Annotated[float, Field(ge=0)] = hyper(0.1, "weight of the domain-adversarial loss; 0 switches it off")
     beta: Annotated[float, Field(ge=0)] = hyper(0.1, "weight of the prototype alignment; 0 switches it off")
     reversal: Annotated[float, Field(ge=0)] = hyper(1.0, "largest strength of the gradient reversal (lambda_max)")
-    labels: Literal["auto", "dataset", "kmeans", "segment", "random"] = hyper("auto", "sub-domain labels; auto: dataset, or kmeans where one")
+    labels: Literal["auto", "dataset", "kmeans", "segment", "random"] = hyper(
+        "auto", "sub-domain labels; auto: dataset, or kmeans for one"
+    )
     clusters: Annotated[int, Field(ge=2)] = hyper(4, "number of sub-domains for k-means, segment and random labels")
     aggregation: Literal["entropic", "samples", "uniform"] = hyper("entropic", "server weights; samples and uniform are the ablations")
     tau: Annotated[float, Field(gt=0)] | None = hyper(None, "temperature of the weights; absent: the median distance, at least 0.001")

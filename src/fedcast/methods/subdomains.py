@@ -11,7 +11,6 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.cluster.vq import ClusterError, kmeans2
 from torch import Tensor
 
 from fedcast.data.windows import Batch, WindowSampler
@@ -83,6 +82,9 @@ class _KMeansLabeller:
 
 
 def _fit_centres(points: NDArray[np.float64], clusters: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    # Loaded only where it is needed: it takes most of a second.
+    from scipy.cluster.vq import ClusterError, kmeans2
+
     # Series that hardly vary have fewer distinct windows than clusters; one cluster always fits.
     for count in range(clusters, 1, -1):
         try:
@@ -90,7 +92,8 @@ def _fit_centres(points: NDArray[np.float64], clusters: int, rng: np.random.Gene
         except ClusterError:
             continue
         return centres
-    return points.mean(0, keepdims=True)
+    mean: NDArray[np.float64] = points.mean(0, keepdims=True)
+    return mean
 
 
 def describe_windows(context: Tensor, mask: Tensor) -> Tensor:

@@ -104,6 +104,12 @@ def choose_domains(data: DataSpec) -> tuple[list[str], list[str]]:
     return training, held_out
 
 
+def load_training(data: DataSpec) -> dict[str, SeriesStore]:
+    """Return the series of the domains that a spec trains on."""
+    training, _ = choose_domains(data)
+    return load_domains(data, training)
+
+
 def _points(store: SeriesStore, spec: RunSpec) -> int:
     splits = split_by_time(store, horizon=spec.model.horizon, validation=spec.data.validation, test=spec.data.test)
     return WindowSampler(store, splits, context=spec.model.context, horizon=spec.model.horizon).n_points

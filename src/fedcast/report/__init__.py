@@ -1,0 +1,1 @@
+"""What a person reads of a run: the HTML page and the tables and progress bars of the terminal."""

@@ -1,0 +1,280 @@
+"""What the terminal shows: progress while a run trains, and tables; every meaning that a colour carries is in the text as well."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from fedcast.errors import FrameProblem
+from fedcast.report.tables import (
+    BASELINES,
+    NAIVE,
+    ScoreTable,
+    format_bytes,
+    format_score,
+    format_seconds,
+    is_number,
+    own_models,
+    pretty_name,
+    score_table,
+)
+
+WIDTH: Final = 100
+_BEST: Final = "*"
+_NUMBER_WIDTH: Final = 9
+_PHASES: Final = {
+    "select": "choosing sites",
+    "client": "training",
+    "aggregate": "combining",
+    "evaluate": "validating",
+    "checkpoint": "saving",
+    "checkpoint-rename": "saving",
+    "log": "saving",
+    "test": "scoring on test data",
+}
+
+
+class ProgressObserver:
+    """Shows a run's progress: one bar over the rounds with the latest losses, one over the sites inside a round.
+
+    Where the console is no terminal, it writes one plain line a round instead. It implements the run's observer protocol and may be
+    called from several threads.
+
+    Parameters
+    ----------
+    console
+        Where to write; stderr by default, so that stdout stays free for results.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self._lock = threading.Lock()
+        self._progress: Progress | None = None
+        self._round_bar = TaskID(0)
+        self._site_bar = TaskID(0)
+        self._rounds = 0
+        self._sites = 0
+        self._train = ""
+        self._validation = ""
+
+    def start(self, rounds: int, sites: Sequence[str]) -> None:
+        """Begin a run of so many rounds over these sites."""
+        self.finish()
+        with self._lock:
+            self._rounds, self._sites, self._train, self._validation = rounds, len(sites), "", ""
+            if not self.console.is_terminal:
+                return
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=28),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[note]}", markup=False),
+                console=self.console,
+                transient=False,
+            )
+            self._round_bar = self._progress.add_task("rounds", total=rounds, note="")
+            self._site_bar = self._progress.add_task(" sites", total=len(sites), note="")
+            self._progress.start()
+
+    def site_done(self, round: int, site: str) -> None:
+        """Count one site's reply in this round."""
+        with self._lock:
+            if self._progress is not None:
+                self._progress.update(self._site_bar, advance=1, note=f"round {round}: {site}")
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Take one row of the run's record: a round's loss and cost, or a validation."""
+        with self._lock:
+            if row.get("kind") == "round":
+                self._round(row)
+            elif row.get("kind") == "validation":
+                self._validated(row)
+
+    def phase(self, name: str, round: int) -> None:
+        """Show what the run is doing in this round."""
+        with self._lock:
+            if self._progress is None:
+                return
+            if name == "select":
+                self._progress.reset(self._site_bar, total=self._sites)
+            self._progress.update(self._site_bar, note=f"round {round}: {_PHASES.get(name, name)}")
+
+    def finish(self) -> None:
+        """Stop the bars and leave them as they are."""
+        with self._lock:
+            if self._progress is not None:
+                self._progress.update(self._site_bar, visible=False)
+                self._progress.stop()
+                self._progress = None
+
+    def _round(self, row: Mapping[str, Any]) -> None:
+        number = int(row["round"])
+        losses = [values["loss"] for values in (row.get("sites") or {}).values() if is_number(values.get("loss"))]
+        self._train = f"loss {sum(losses) / len(losses):.4f}" if losses else ""
+        if self._progress is not None:
+            self._progress.update(self._round_bar, completed=number, note=self._note())
+            self._progress.reset(self._site_bar, total=self._sites)
+            return
+        sent = sum(row[key] for key in ("bytes_up", "bytes_down") if is_number(row.get(key)))
+        parts = [f"round {number}/{self._rounds}", self._train, f"{len(row.get('sites') or {})} sites"]
+        parts += [format_seconds(row["seconds"])] if is_number(row.get("seconds")) else []
+        parts += [f"{format_bytes(sent)} sent"] if sent else []
+        parts += [f"{len(row['dropped'])} dropped"] if row.get("dropped") else []
+        self._line("  ".join(part for part in parts if part))
+
+    def _validated(self, row: Mapping[str, Any]) -> None:
+        if not is_number(row.get("mean")):
+            return
+        self._validation = f"validation {row['mean']:.4f}"
+        if self._progress is not None:
+            self._progress.update(self._round_bar, note=self._note())
+        elif int(row.get("round", 0)) == self._rounds:
+            self._line(self._validation)
+
+    def _note(self) -> str:
+        return "  ".join(part for part in (self._train, self._validation) if part)
+
+    def _line(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def results_table(results: pd.DataFrame, metric: str = "mse", *, width: int = WIDTH) -> Table:
+    """Show models and domains in one table, relative to the seasonal naive where it was scored.
+
+    Models are rows where that fits the width, else domains are. Held-out domains stand apart from training domains, each with its
+    own mean; the best of each row or column of one domain is bold and has a star.
+
+    Parameters
+    ----------
+    results
+        Result rows.
+    metric
+        Key of the metric.
+    width
+        Columns of the terminal.
+    """
+    both = [(title, score_table(results, metric, held_out=held)) for title, held in (("held-out", True), ("training", False))]
+    parts = [(title, table) for title, table in both if table is not None]
+    if not parts:
+        return _one_line("no results")
+    first = parts[0][1]
+    what = f"{first.metric.label} relative to seasonal naive, below 1 is better" if first.relative else first.metric.label
+    what += "" if first.metric.relative else f", {format_score(first.metric.goal, first)} is right"
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, title=what, title_justify="left", title_style="bold", caption_justify="left", caption_style=""
+    )
+    scored = dict.fromkeys(model for _, part in parts for model in part.models)
+    order = sorted(scored, key=lambda model: (model == NAIVE, model in BASELINES, model not in own_models(results)[:1]))
+    need = 22 + sum(max(_NUMBER_WIDTH, len(name) + 2) for _, part in parts for name in ("mean", *part.domains))
+    if len(order) > 1:
+        means = "; means are geometric" if first.metric.relative else ""
+        table.caption = f"{_BEST} best of its {'column' if need <= width else 'row'}{means}{_shared_note(parts)}"
+    if need <= width:
+        _models_as_rows(table, parts, order)
+    else:
+        _domains_as_rows(table, parts, order)
+    return table
+
+
+def problems_table(problems: Sequence[FrameProblem], source: str) -> Table:
+    """Show what is wrong with a frame: where, what and the repair.
+
+    Parameters
+    ----------
+    problems
+        Problems found by the frame check.
+    source
+        The file, or what else the frame was read from.
+    """
+    count = len(problems)
+    if not count:
+        return _one_line(f"{source}: usable as it is")
+    title = Text(f"{source}: {count} problem{'s' if count != 1 else ''}")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    table.add_column("problem", style="bold", no_wrap=True)
+    table.add_column("where", overflow="fold")
+    table.add_column("what is wrong, and the repair", overflow="fold", ratio=1)
+    for problem in problems:
+        rows = f" ({problem.count} rows)" if problem.count is not None and problem.count > 1 else ""
+        what = Text.assemble(f"{problem.message}{rows}", ("\nrepair: ", "dim"), problem.repair)
+        table.add_row(Text(problem.kind), Text(problem.where() or "–"), what, end_section=True)
+    return table
+
+
+def methods_table(methods: Sequence[Mapping[str, Any]]) -> Table:
+    """Show the methods with their summaries and parameters.
+
+    Parameters
+    ----------
+    methods
+        One dict a method with ``name``, ``summary`` and ``parameters``: tuples (name, type, default, documentation).
+    """
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="Methods", title_justify="left", title_style="bold")
+    table.add_column("method", style="bold", no_wrap=True)
+    table.add_column("what it does, and its parameters", overflow="fold", ratio=1)
+    for method in methods:
+        text = Text(str(method["summary"]))
+        for name, kind, default, about in method["parameters"]:
+            text.append("\n")
+            text.append(f"  {name}", style="bold")
+            text.append(f" = {default}  ({kind})", style="dim")
+            text.append(f"  {about}" if about else "")
+        table.add_row(Text(str(method["name"])), text, end_section=True)
+    return table
+
+
+def _one_line(text: str) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row(Text(text, style="bold"))
+    return table
+
+
+def _models_as_rows(table: Table, parts: Sequence[tuple[str, ScoreTable]], models: Sequence[str]) -> None:
+    table.add_column("model", no_wrap=True)
+    for title, part in parts:
+        table.add_column(Text(f"{title}\nmean"), justify="right", style="bold")
+        for domain in part.domains:
+            table.add_column(Text(f"\n{domain}"), justify="right", no_wrap=True)
+    for model in models:
+        cells = [cell for _, part in parts for cell in _row_of(part, model)]
+        table.add_row(Text(pretty_name(model)), *cells)
+
+
+def _domains_as_rows(table: Table, parts: Sequence[tuple[str, ScoreTable]], models: Sequence[str]) -> None:
+    table.add_column("domain", overflow="ellipsis", max_width=32)
+    for model in models:
+        table.add_column(Text(pretty_name(model)), justify="right", overflow="fold")
+    for title, part in parts:
+        columns = [_row_of(part, model) for model in models]
+        table.add_row(Text(f"{title} mean", style="bold"), *(column[0] for column in columns))
+        for index, domain in enumerate(part.domains):
+            table.add_row(Text(f"  {domain}"), *(column[index + 1] for column in columns), end_section=index == len(part.domains) - 1)
+
+
+def _row_of(part: ScoreTable, model: str) -> list[Text]:
+    """The mean and then every domain's score of one model as text."""
+    if model not in part.models:
+        return [Text("–")] * (len(part.domains) + 1)
+    row = part.models.index(model)
+    cells = [_score(float(part.mean[row]), part, row in part.best())]
+    return cells + [_score(float(part.values[row, d]), part, row in part.best_in(d)) for d in range(len(part.domains))]
+
+
+def _score(value: float, part: ScoreTable, best: bool) -> Text:
+    text = format_score(value, part)
+    return Text(f"{text}{_BEST}", style="bold") if best else Text(f"{text} ")
+
+
+def _shared_note(parts: Sequence[tuple[str, ScoreTable]]) -> str:
+    notes = [f"{part.shared} of {len(part.domains)} {title}" for title, part in parts if part.shared < len(part.domains)]
+    return f" and over the domains that every model has ({', '.join(notes)})" if notes else ""

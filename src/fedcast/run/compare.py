@@ -1,0 +1,54 @@
+"""Runs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from fedcast.errors import RunError
+from fedcast.run.folder import RunFolder
+
+
+def compare(runs: Sequence[str | Path]) -> pd.DataFrame:
+    """Return the test scores of runs in one frame.
+
+    The trained model's rows carry the run's name where two runs trained by the same method with other options; a baseline that
+    was scored in several runs over the same data stands there once.
+
+    Parameters
+    ----------
+    runs
+        Run folders.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Result rows (see :class:`fedcast.run.folder.RunFolder`), with a column ``run``.
+
+    Raises
+    ------
+    RunError
+        When a folder is no complete run, or the runs were scored on different data or windows.
+    """
+    frames = []
+    for path in runs:
+        folder = RunFolder(path)
+        spec = folder.spec()
+        rows = folder.results()
+        if rows.empty:
+            raise RunError(f"{path} has no results yet", hint=f"finish it with `fedcast pretrain {path}/spec.toml -o {path}`")
+        frames.append(rows.assign(run=spec.name))
+    if not frames:
+        raise RunError("no run to compare", hint="name one or more run folders")
+    rows = pd.concat(frames, ignore_index=True)
+    for column in ("data_fingerprint", "horizon", "context"):
+        if rows[column].nunique() > 1:
+            raise RunError(f"the runs differ in {column}, so their scores cannot be compared", hint="compare runs over the same data and horizon")
+    trained = rows["model"] == rows["method"]
+    settings = rows[trained].groupby("model")["options"].nunique()
+    ambiguous = trained & rows["model"].isin(settings[settings > 1].index)
+    rows.loc[ambiguous, "model"] = rows["run"]
+    # The same baseline on the same windows: one score, whichever run it came from.
+    return rows[trained | ~rows.duplicated(["model", "domain", "seed"])].reset_index(drop=True)

@@ -1,0 +1,38 @@
+"""Why a run went as it did: how much the domains' gradients contradict each other."""
+
+from __future__ import annotations
+
+import torch
+
+from fedcast.data.splits import split_by_time
+from fedcast.data.windows import WindowSampler
+from fedcast.models.patch import PatchTransformer
+from fedcast.run.folder import RunFolder
+from fedcast.run.prepare import load_training
+from fedcast.tasks.forecast import ForecastTask
+
+_PROBES = 64
+
+
+def gradient_conflict(folder: RunFolder) -> tuple[float, float]:
+    """Return the share of negative pairwise cosines between domains' encoder gradients, and their mean cosine.
+
+    The gradients are those of the task's loss at the final model, on the same 64 validation windows a domain for every run
+    (fedtrl.md A7, motivation figure).
+    """
+    spec = folder.spec()
+    model = PatchTransformer.from_pretrained(folder.final)
+    task = ForecastTask()
+    gradients = []
+    for _, store in sorted(load_training(spec.data).items()):
+        splits = split_by_time(store, horizon=spec.model.horizon, validation=spec.data.validation, test=spec.data.test)
+        sampler = WindowSampler(store, splits, context=spec.model.context, horizon=spec.model.horizon)
+        batch = sampler.gather(sampler.evaluation("validation", _PROBES))
+        encoder = [parameter for name, parameter in model.named_parameters() if name.startswith("encoder.")]
+        loss = task.loss(model.normalised(batch.context, batch.mask, spec.model.horizon), batch)
+        pieces = torch.autograd.grad(loss, encoder)
+        gradients.append(torch.cat([piece.reshape(-1) for piece in pieces]))
+    unit = torch.nn.functional.normalize(torch.stack(gradients), dim=1)  # [K, n]
+    rows, columns = torch.triu_indices(len(unit), len(unit), offset=1)
+    cosines = (unit @ unit.T)[rows, columns]
+    return float((cosines < 0).float().mean()), float(cosines.mean())
