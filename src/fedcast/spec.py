@@ -127,7 +127,7 @@ class RunSpec(_Section):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the spec as a TOML-ready dict; ``None`` values are left out, since TOML has none."""
-        document = _without_none(self.model_dump(mode="json"))
+        document: dict[str, Any] = _without_none(self.model_dump(mode="json"))
         method = document["method"]
         document["method"] = {"name": method["name"], **method["options"]}
         return document

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.federations import DOMAINS, small_spec, train_small
 
 import fedcast.run.pretrain as pretraining
 from fedcast.errors import QuorumError
@@ -15,7 +16,6 @@ from fedcast.federated.fleet import Fleet, ThreadFleet
 from fedcast.federated.messages import Reply, Task
 from fedcast.run.pretrain import Run, pretrain
 from fedcast.spec import RunSpec
-from tests.federations import DOMAINS, small_spec, train_small
 
 
 class Meddling:
@@ -117,7 +117,7 @@ class Slow:
 
     samples = 1
 
-    class role:
+    class role:  # noqa: N801 - stands for an attribute
         step_multiplier = 1
 
     def run(self, task: Task, workspaces: object) -> Reply:

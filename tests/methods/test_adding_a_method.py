@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.federations import small_spec, train_small
 
 from fedcast.methods.base import METHODS, build_method
 from fedcast.spec import MethodSpec
-from tests.federations import small_spec, train_small
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ from typing import ClassVar
 
 import pytest
 import torch
+from tests.federations import small_spec, train_small
 
 import fedcast.methods
 from fedcast.errors import SpecError, UnknownNameError
 from fedcast.methods.base import METHODS, Method, build_method, describe_methods, method_names
 from fedcast.run.pretrain import Run
 from fedcast.spec import MethodSpec, RunSpec
-from tests.federations import small_spec, train_small
 
 _FILES = {path.stem for path in Path(fedcast.methods.__path__[0]).glob("*.py")} - {"__init__", "base", "subdomains"}
 

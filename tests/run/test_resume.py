@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.federations import small_spec, train_small
 
 from fedcast.errors import CheckpointError, ResumeError, RunError
 from fedcast.federated.rounds import Silent
 from fedcast.run.folder import RunFolder
 from fedcast.run.pretrain import Run, pretrain
-from tests.federations import small_spec, train_small
 
 PHASES = ["select", "client", "site", "aggregate", "evaluate", "checkpoint", "checkpoint-rename", "log", "test"]
 

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class Checkpoints:
             "round": server.round,
             "layout": server.layout.digest,
             "sha256": hashlib.sha256(payload).hexdigest(),
-            "progress": {**vars(progress), "best_loss": progress.best_loss if progress.best_round else None},
+            "progress": {**vars(progress), "best_loss": progress.best_loss if isfinite(progress.best_loss) else None},
         }
         aside = self._folder / "aside"
         shutil.rmtree(aside, ignore_errors=True)

@@ -211,10 +211,11 @@ class RoundLoop:
     def _validate(self, number: int, progress: Progress) -> dict[str, Any]:
         sites = [name for name, role in sorted(self.roles.items()) if role.evaluates and not role.held_out]
         answers = self.evaluate(sites, {"part": "validation"})
-        losses = {site: float(reply.meta["loss"]) for site, reply in answers.items()}
-        mean = sum(losses.values()) / len(losses)
-        if mean < progress.best_loss:
-            progress.best_loss, progress.best_round = mean, number
+        losses = {site: float(reply.meta["loss"]) for site, reply in answers.items() if reply.meta["loss"] is not None}
+        # Without any validation window the last round is the best there is.
+        mean = sum(losses.values()) / len(losses) if losses else None
+        if mean is None or mean < progress.best_loss:
+            progress.best_loss, progress.best_round = float("inf") if mean is None else mean, number
             self.keep_best(self.server)
         return {"kind": "validation", "round": number, "sites": {s: {"loss": v} for s, v in losses.items()}, "mean": mean}
 

@@ -31,12 +31,14 @@ class SiteScores:
         self._validation: Batch | None = None
         self._test: EvaluationSet | None = None
 
-    def loss(self, model: PatchTransformer, task: ForecastTask) -> float:
-        """Return the task's mean loss over the validation windows."""
+    def loss(self, model: PatchTransformer, task: ForecastTask) -> float | None:
+        """Return the task's mean loss over the validation windows; ``None`` where the site has none."""
         if self._validation is None:
             windows = self._sampler.evaluation("validation", self._spec.evaluation.validation_windows)
             self._validation = self._sampler.gather(windows)
         batch = self._validation
+        if not len(batch.windows):
+            return None
         with torch.inference_mode():
             output = model.normalised(batch.context, batch.mask, batch.target.shape[1])
             return task.loss(output, batch).item()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -63,38 +64,44 @@ def evaluate(
         When the model or the data cannot be used.
     """
     forecaster = Forecaster.from_pretrained(model)
-    config = forecaster.model.config
-    steps = horizon if horizon is not None else config.horizon
+    steps = horizon if horizon is not None else forecaster.model.config.horizon
     if steps < 1:
         raise ModelError(f"a horizon of {steps} steps is none", hint="ask for at least 1 step")
-    source = Path(data)
-    if source.is_file():
-        frame = read_frame(source, time=time, id=id, target=target, freq=freq)
-        stores = {source.name.split(".")[0]: SeriesStore.from_frames(source.name.split(".")[0], {source.name: frame})}
+    columns = {"time": time, "id": id, "target": target, "freq": freq}
+    path = Path(data)
+    if path.is_file():
+        name = path.name.split(".")[0]
+        stores = {name: SeriesStore.from_frames(name, {path.name: read_frame(path, **columns)})}
     else:
-        spec = DataSpec(source=str(data), domains=tuple(domains), time=time, id=id, target=target, freq=freq)
-        stores = load_domains(spec, list(domains) or None)
+        stores = load_domains(DataSpec(source=str(data), domains=tuple(domains), **columns), list(domains) or None)
     rows = []
     for domain, store in sorted(stores.items()):
-        splits = split_by_time(store, horizon=steps, validation=0.1, test=0.2)
-        test = evaluation_set(store, splits, "test", context=config.context, horizon=steps, limit=windows)
-        forecast = forecaster.predict_arrays(test.context, steps)
-        scored = {"model": score(test, forecast.point, forecast.quantiles)}
-        scored |= {name: score(test, *baseline_forecast(name, test)) for name in baselines}
-        shared = {
-            "kind": "result",
-            "domain": domain,
-            "held_out": True,
-            "part": "test",
-            "task": "forecast",
-            "windows": len(test.target),
-            "horizon": steps,
-            "context": config.context,
-            "seed": 0,
-            "method": "model",
-            "data_fingerprint": store.fingerprint,
-            "version": __version__,
-            "code": code_version(),
-        }
-        rows += [{**shared, "model": name, **scores} for name, scores in scored.items()]
+        rows += _score_domain(forecaster, domain, store, steps, windows, baselines)
     return pd.DataFrame(rows)
+
+
+def _score_domain(
+    forecaster: Forecaster, domain: str, store: SeriesStore, horizon: int, windows: int, baselines: Sequence[str]
+) -> list[dict[str, Any]]:
+    context = forecaster.model.config.context
+    splits = split_by_time(store, horizon=horizon, validation=0.1, test=0.2)
+    test = evaluation_set(store, splits, "test", context=context, horizon=horizon, limit=windows)
+    forecast = forecaster.predict_arrays(test.context, horizon)
+    scored = {"model": score(test, forecast.point, forecast.quantiles)}
+    scored |= {name: score(test, *baseline_forecast(name, test)) for name in baselines}
+    shared = {
+        "kind": "result",
+        "domain": domain,
+        "held_out": True,
+        "part": "test",
+        "task": "forecast",
+        "windows": len(test.target),
+        "horizon": horizon,
+        "context": context,
+        "seed": 0,
+        "method": "model",
+        "data_fingerprint": store.fingerprint,
+        "version": __version__,
+        "code": code_version(),
+    }
+    return [{**shared, "model": name, **scores} for name, scores in scored.items()]

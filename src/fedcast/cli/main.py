@@ -1,0 +1,99 @@
+"""The ``fedcast`` command: its verbs, its error messages and its exit codes.
+
+Nothing here imports more than typer and rich; each verb imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, NoReturn
+
+import typer
+from typer.exceptions import TyperException
+
+from fedcast.cli import predict, prepare, results, train
+from fedcast.cli.flags import SpecCommand
+from fedcast.cli.output import emit, fail, note
+from fedcast.errors import FedcastError
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="fedcast",
+    help="Train time series foundation models over data that cannot be pooled, and forecast with them",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+)
+
+
+def _add(verb: Callable[..., None], panel: str, cls: type[SpecCommand] | None = None) -> None:
+    """Register a verb; its help is the first sentence of its docstring, without the final period."""
+    summary = (verb.__doc__ or "").strip().split("\n\n")[0].rstrip(".")
+    app.command(verb.__name__, help=" ".join(summary.split()), rich_help_panel=panel, cls=cls)(verb)
+
+
+_add(prepare.check, "Data and specs")
+_add(prepare.init, "Data and specs")
+_add(prepare.methods, "Data and specs")
+_add(train.pretrain, "Training and forecasting", SpecCommand)
+_add(predict.forecast, "Training and forecasting")
+_add(predict.evaluate, "Training and forecasting")
+_add(results.compare, "Results")
+_add(results.report, "Results")
+_add(prepare.version, "Results")
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        prepare.version()
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave")] = False,
+) -> None:
+    """Hold the options that stand before a verb."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code.
+
+    Parameters
+    ----------
+    arguments
+        What stands after ``fedcast``.
+
+    Returns
+    -------
+    int
+        0; 2 for a command line that cannot be read; 130 after Ctrl-C; an error's own number otherwise (see :mod:`fedcast.errors`).
+        Exceptions that are not a :class:`~fedcast.errors.FedcastError` are bugs and pass through.
+    """
+    words = list(arguments) or ["--help"]
+    as_json = "--json" in words
+    try:
+        code = app(args=words, prog_name="fedcast", standalone_mode=False)
+    except FedcastError as error:
+        return fail(error.to_json(), as_json)
+    except TyperException as error:
+        verb = f" {words[0]}" if not words[0].startswith("-") and _is_verb(words[0]) else ""
+        message = error.format_message().strip().rstrip(".")
+        return fail({"error": "usage", "exit_code": 2, "message": message, "hint": f"fedcast{verb} --help"}, as_json)
+    if code == INTERRUPTED:
+        if as_json:
+            emit({"error": "interrupted", "exit_code": INTERRUPTED, "message": "interrupted", "hint": "resume with the same command"})
+        note("interrupted", hint="resume with the same command" if words[0] == "pretrain" else "start again with the same command")
+    return int(code or 0)
+
+
+def _is_verb(word: str) -> bool:
+    return any(command.name == word for command in app.registered_commands)
+
+
+def main() -> NoReturn:
+    """Run the command line of this process and exit with its code."""
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,16 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout")]
+TimeColumn = Annotated[str | None, typer.Option("--time", help="Name of the time column; known dialects are recognised", metavar="COLUMN")]
+IdColumn = Annotated[str | None, typer.Option("--id", help="Name of the series column", metavar="COLUMN")]
+TargetColumn = Annotated[str | None, typer.Option("--target", help="Name of the target column", metavar="COLUMN")]
+Freq = Annotated[str | None, typer.Option("--freq", help="Pandas frequency such as h or 15min; inferred when absent", metavar="FREQ")]
+Model = Annotated[Path, typer.Option("--model", "-m", help="Folder of a model such as runs/demo/best, or of a run", metavar="DIR")]
+Metric = Annotated[str, typer.Option("--metric", help="Score to show: mse, mae, mase, smape, wql or coverage80", metavar="NAME")]

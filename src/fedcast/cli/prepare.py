@@ -1,0 +1,118 @@
+"""Verbs before a run: ``check``, ``init``, ``methods`` and ``version``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedcast.cli.options import Freq, IdColumn, Json, TargetColumn, TimeColumn
+from fedcast.cli.output import console, emit, note
+from fedcast.errors import FrameError, SpecError, UnknownNameError
+
+
+def check(
+    data: Annotated[Path, typer.Argument(help="A file, or a folder of files and sub-folders", metavar="DATA", show_default=False)],
+    time: TimeColumn = None,
+    id: IdColumn = None,
+    target: TargetColumn = None,
+    freq: Freq = None,
+    json: Json = False,
+) -> None:
+    """Check data: every problem with its file, column, series, row and repair.
+
+    Exits with 21 when a file has a problem.
+    """
+    from fedcast.cli.frames import check_files
+    from fedcast.report.console import problems_table
+
+    reports = check_files(data, time=time, id=id, target=target, freq=freq)
+    usable = all(not report.problems for report in reports)
+    if json:
+        emit({"usable": usable, "files": [report.to_json() for report in reports]})
+    else:
+        out = console()
+        for report in reports:
+            if report.problems:
+                out.print(problems_table(report.problems, report.source))
+            else:
+                out.print(report.summary_line(), soft_wrap=True, markup=False)
+    if not usable:
+        raise typer.Exit(FrameError.exit_code)
+
+
+def init(
+    spec: Annotated[Path | None, typer.Argument(help="The file to write", metavar="[SPEC.toml]", show_default=False)] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Folder of your data; its domains are filled in", metavar="FOLDER")] = None,
+    time: TimeColumn = None,
+    id: IdColumn = None,
+    target: TargetColumn = None,
+    freq: Freq = None,
+    keys: Annotated[bool, typer.Option("--keys", help="Print every key with type, default and description, and leave")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file when it is there")] = False,
+    json: Json = False,
+) -> None:
+    """Write a commented spec to start from, or list every key."""
+    from fedcast.cli.flags import keys_table, spec_keys
+
+    if keys:
+        if json:
+            emit(spec_keys())
+        else:
+            console().print(keys_table(spec_keys()))
+        return
+    if spec is None:
+        raise SpecError("no file to write the spec to", hint="fedcast init SPEC.toml, or fedcast init --keys for every key")
+    if spec.exists() and not force:
+        raise SpecError(f"{spec} is there already", hint="choose another name, or replace it with --force")
+    from fedcast.cli.starter import starter
+
+    text = starter(spec.stem, data, {"time": time, "id": id, "target": target, "freq": freq})
+    try:
+        spec.parent.mkdir(parents=True, exist_ok=True)
+        spec.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SpecError(f"cannot write {spec}: {error.strerror}", hint="choose another file") from error
+    if json:
+        emit({"spec": spec})
+    else:
+        typer.echo(f"wrote {spec}")
+        note("next: read it, then train", hint=f"fedcast pretrain {spec}")
+
+
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(help="Show one method's hyper-parameters only", metavar="[NAME]", show_default=False)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List the methods and their hyper-parameters."""
+    from fedcast.cli.flags import readable_type
+    from fedcast.methods.base import describe_methods
+    from fedcast.report.console import methods_table
+
+    described = describe_methods()
+    for method in described:
+        method["parameters"] = [{**row, "type": readable_type(row["type"])} for row in method["parameters"]]
+    if name is not None:
+        if name not in (known := [str(method["name"]) for method in described]):
+            raise UnknownNameError.of("method", name, known)
+        described = [method for method in described if method["name"] == name]
+    if json:
+        emit(described)
+    else:
+        columns = ("name", "type", "default", "description")
+        rows = [{**method, "parameters": [tuple(row[key] for key in columns) for row in method["parameters"]]} for method in described]
+        console().print(methods_table(rows))
+
+
+def version(json: Json = False) -> None:
+    """Print the version and the commit it runs from."""
+    from fedcast.version import __version__, code_version
+
+    code = code_version()
+    if json:
+        emit({"version": __version__, "code": code})
+    else:
+        typer.echo(f"fedcast {__version__}" + (f" ({code})" if code != __version__ else ""))

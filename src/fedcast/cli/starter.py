@@ -1,0 +1,120 @@
+"""The commented spec that ``fedcast init`` writes, fitted to the length of the person's series."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedcast.cli.flags import spec_keys, toml_value
+from fedcast.data.catalogue import load_domains
+from fedcast.spec import DataSpec, ModelSpec
+
+_SHOWN = (
+    "data.source",
+    "data.domains",
+    "data.held_out",
+    "data.time",
+    "data.id",
+    "data.target",
+    "data.freq",
+    "model.size",
+    "model.context",
+    "model.horizon",
+    "method.name",
+    "training.batch_size",
+    "training.learning_rate",
+    "federation.rounds",
+    "federation.local_steps",
+    "evaluation.baselines",
+)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Forecast lengths that a person's series allow.
+
+    Attributes
+    ----------
+    context, horizon
+        Time steps.
+    """
+
+    context: int
+    horizon: int
+
+
+def fit_lengths(typical: int, patch: int = 16) -> Lengths:
+    """Choose a context and a horizon for series of a typical length.
+
+    Parameters
+    ----------
+    typical
+        Points in a typical series of the domain with the shortest ones.
+    patch
+        Steps a patch; the context is a multiple of it.
+
+    Returns
+    -------
+    Lengths
+        At most the defaults of :class:`~fedcast.spec.ModelSpec`. The test part takes a fifth of a series and validation a tenth, each at
+        least a horizon, so the horizon is at most a tenth of the typical length; the context is at most half of it.
+    """
+    largest = ModelSpec()
+    horizon = int(np.clip(typical // 10, 1, largest.horizon))
+    context = int(np.clip(typical // 2 // patch * patch, patch, largest.context))
+    return Lengths(context=context, horizon=horizon)
+
+
+def starter(name: str, folder: Path | None, columns: Mapping[str, str | None]) -> str:
+    """Return a commented spec as TOML.
+
+    Parameters
+    ----------
+    name
+        Name of the run.
+    folder
+        Folder of the person's data, or ``None`` for the bundled data.
+    columns
+        ``time``, ``id``, ``target`` and ``freq`` as the person gave them.
+
+    Raises
+    ------
+    SourceError, FrameError
+        When the folder cannot be read.
+    """
+    values: dict[str, object] = {f"data.{key}": value for key, value in columns.items()}
+    if folder is not None:
+        data = DataSpec.model_validate({"source": str(folder), **columns})
+        stores = load_domains(data)
+        lengths = fit_lengths(min(int(np.median(store.lengths)) for store in stores.values()))
+        values |= {
+            "data.source": str(folder),
+            "data.domains": list(stores),
+            "model.context": lengths.context,
+            "model.horizon": lengths.horizon,
+        }
+    lines = [
+        "# One run of fedcast. Every key, its type and default: fedcast init --keys",
+        f"name = {toml_value(_run_name(name))}",
+        "seed = 0",
+    ]
+    section = ""
+    for key in spec_keys():
+        if key["key"] not in _SHOWN:
+            continue
+        here, leaf = key["key"].split(".")
+        if here != section:
+            section = here
+            lines += ["", f"[{section}]"]
+        value = values.get(key["key"])
+        text = toml_value(value) if value is not None else key["default"]
+        lines += [f"# {key['description']}", f"# {leaf} = ..." if not text else f"{leaf} = {text}"]
+    return "\n".join(lines) + "\n"
+
+
+def _run_name(name: str) -> str:
+    kept = "".join(letter if letter.isascii() and (letter.isalnum() or letter in "._-") else "-" for letter in name).lstrip("._-")
+    return kept or "run"

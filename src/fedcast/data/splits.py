@@ -1,0 +1,117 @@
+"""Splits by time into train, validation and test, and scalers fitted on the train part only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedcast.data.store import SeriesStore
+from fedcast.errors import SplitError
+
+MIN_CONTEXT = 16
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Where the parts of each series end: train ``[0, train_end)``, validation ``[train_end, validation_end)``, test the rest.
+
+    Attributes
+    ----------
+    train_end, validation_end
+        int64 ``[n]``, in time steps from the start of the series.
+    kept
+        bool ``[n]``: False for series that are too short or wholly missing in their train part; no window is taken from them.
+    """
+
+    train_end: NDArray[np.int64]
+    validation_end: NDArray[np.int64]
+    kept: NDArray[np.bool_]
+
+
+def split_by_time(store: SeriesStore, *, horizon: int, validation: float, test: float) -> Splits:
+    """Split every series of a store by time.
+
+    Parameters
+    ----------
+    store
+        The series.
+    horizon
+        Steps of a target; the validation and the test part have at least as many.
+    validation, test
+        Shares of each series' length for validation and, at its end, for testing.
+
+    Returns
+    -------
+    Splits
+        A series is kept when its train part has at least ``horizon + 16`` steps and at least one observed value.
+
+    Raises
+    ------
+    SplitError
+        When no series is kept.
+    """
+    lengths = store.lengths
+    n_test = np.maximum(np.rint(lengths * test).astype(np.int64), horizon)
+    n_validation = np.maximum(np.rint(lengths * validation).astype(np.int64), horizon)
+    validation_end = np.maximum(lengths - n_test, 0)
+    train_end = np.maximum(validation_end - n_validation, 0)
+    kept = train_end >= horizon + MIN_CONTEXT
+    if kept.any():
+        observed, _ = _moments(store, train_end)
+        kept &= observed > 0
+        if not kept.any():
+            raise SplitError(
+                f"no series of {', '.join(store.domain_names)} has an observed value in its train part",
+                hint="check the target column, or lower data.validation and data.test",
+            )
+        return Splits(train_end=train_end, validation_end=validation_end, kept=kept)
+    raise SplitError(
+        f"no series of {', '.join(store.domain_names)} is long enough: the longest has {int(lengths.max())} steps, "
+        f"and a train part of {horizon + MIN_CONTEXT} must remain before {horizon} steps of validation and {horizon} of testing",
+        hint=f"give series of at least {3 * horizon + MIN_CONTEXT} steps, or lower model.horizon, data.validation or data.test",
+    )
+
+
+def train_scale(store: SeriesStore, splits: Splits) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return mean and standard deviation of each series over its observed train values.
+
+    Returns
+    -------
+    tuple of float64 ``[n]``
+        Mean, 0 where nothing is observed; population standard deviation, 1 where the series is constant or nothing is observed.
+    """
+    count, total = _moments(store, splits.train_end)
+    mean = total / np.maximum(count, 1)
+    _, squares = _moments(store, splits.train_end, centre=mean)
+    std = np.sqrt(squares / np.maximum(count, 1))
+    # sums of equal float32 values are exact in float64, so a constant series has a deviation of exactly zero
+    return mean, np.where(std == 0, 1.0, std)
+
+
+def _moments(
+    store: SeriesStore, train_end: NDArray[np.int64], centre: NDArray[np.float64] | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Count and sum the observed train values of each series, or their squared distances from ``centre``."""
+    count = np.zeros(len(store), dtype=np.int64)
+    total = np.zeros(len(store), dtype=np.float64)
+    for block in store.blocks():
+        # reduceat cannot sum nothing, so series without a train part are left out; they keep a count and a sum of zero
+        series = block.start + np.flatnonzero(train_end[block] > 0)
+        if series.size == 0:
+            continue
+        first = store.offsets[series[0]]
+        values = store.values[first : store.offsets[series[-1] + 1]].astype(np.float64)
+        starts = store.offsets[series] - first
+        # +1 at the start of each train part and -1 at its end, summed, marks its inside
+        edges = np.zeros(len(values) + 1, dtype=np.int8)
+        edges[starts] = 1
+        edges[starts + train_end[series]] -= 1
+        used = np.cumsum(edges[:-1], dtype=np.int8).view(np.bool_) & ~np.isnan(values)
+        if centre is not None:
+            values -= np.repeat(centre[series], np.diff(np.r_[starts, len(values)]))
+            values *= values
+        count[series] = np.add.reduceat(used, starts, dtype=np.int64)
+        total[series] = np.add.reduceat(np.where(used, values, 0.0), starts)
+    return count, total

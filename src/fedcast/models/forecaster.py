@@ -1,0 +1,232 @@
+"""From a person's frame to a person's forecast: read, batch over series, forecast, put stamps and names back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Self, cast
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from pandas.tseries.frequencies import to_offset
+from pandas.tseries.offsets import Day, Tick
+from utilsforecast.processing import make_future_dataframe
+
+from fedcast.data.frames import LongFrame, read_frame
+from fedcast.errors import ModelError, QuantileError
+from fedcast.models.base import QUANTILES, ForecastArrays
+from fedcast.models.patch import PatchTransformer
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Progress = Callable[[int, int], None]
+
+
+class Forecaster:
+    """Forecasts frames and arrays with a trained model.
+
+    Parameters
+    ----------
+    model
+        The model; it forecasts on the device and in the type its parameters have.
+
+    Notes
+    -----
+    Series are forecast in batches of similar length. Results do not depend on the batch size beyond the rounding of float32
+    products (about 1e-5 of a series' standard deviation).
+    """
+
+    def __init__(self, model: PatchTransformer) -> None:
+        self.model = model.eval()
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Self:
+        """Read a model folder, or the ``final`` model of a run folder.
+
+        Raises
+        ------
+        CheckpointError
+            When the folder holds no usable model.
+        """
+        folder = Path(path)
+        final = folder / "final"
+        return cls(PatchTransformer.from_pretrained(final if final.is_dir() else folder))
+
+    def predict(
+        self,
+        source: str | Path | pd.DataFrame | LongFrame,
+        horizon: int,
+        quantiles: Sequence[float] = (0.1, 0.5, 0.9),
+        *,
+        time: str | None = None,
+        id: str | None = None,
+        target: str | None = None,
+        freq: str | None = None,
+        batch_size: int = 256,
+        progress: Progress | None = None,
+    ) -> pd.DataFrame:
+        """Forecast the steps after the end of every series.
+
+        Parameters
+        ----------
+        source
+            A file, a frame, or a frame that was read before.
+        horizon
+            Steps to forecast, at least 1.
+        quantiles
+            Levels from 0.1 to 0.9; those between two learnt levels are interpolated linearly.
+        time, id, target, freq
+            As in :func:`fedcast.data.frames.read_frame`.
+        batch_size
+            Series a batch.
+        progress
+            Called with (series done, series in all) after every batch.
+
+        Returns
+        -------
+        pandas.DataFrame
+            ``horizon`` rows a series: the source's own id and time columns, ``forecast``, and one column a level, such as ``q0.1``.
+            Daily and coarser stamps keep their time of day across clock changes.
+
+        Raises
+        ------
+        FrameError, SourceError
+            When the source cannot be used.
+        QuantileError
+            When a level is outside what the model learnt, or given twice.
+        ModelError
+            When the horizon or the batch size is under 1, or a column of the source has the name of a result.
+        """
+        weights = _interpolation(quantiles)
+        long = source if isinstance(source, LongFrame) else read_frame(source, time=time, id=id, target=target, freq=freq)
+        columns = [long.columns.id, long.columns.time, "forecast", *(f"q{level:g}" for level in quantiles)]
+        if len(set(columns)) < len(columns):
+            raise ModelError(
+                f"the columns of the forecast would be {', '.join(columns)}, with one name twice", hint="rename that column of the data"
+            )
+        names, offsets = _series_of(long.frame["unique_id"])
+        values = long.frame["y"].to_numpy(dtype=np.float64)
+        point, levels = self._forecast(values, offsets, horizon, weights, batch_size, progress)
+        stamps = future_stamps(long.frame["ds"].iloc[offsets[1:] - 1], long.freq, horizon)
+        parts = [np.repeat(names, horizon), stamps, point.ravel(), *(levels[..., k].ravel() for k in range(len(quantiles)))]
+        return pd.DataFrame(dict(zip(columns, parts, strict=True)))
+
+    def predict_arrays(
+        self,
+        contexts: Sequence[npt.ArrayLike] | npt.NDArray[np.floating],
+        horizon: int,
+        *,
+        batch_size: int = 256,
+        progress: Progress | None = None,
+    ) -> ForecastArrays:
+        """Forecast the steps after the end of every array.
+
+        Parameters
+        ----------
+        contexts
+            W arrays of any lengths, or one array [W, L]; NaN where missing.
+        horizon, batch_size, progress
+            As in :meth:`predict`.
+
+        Returns
+        -------
+        ForecastArrays
+            ``point`` [W, H] and ``quantiles`` [W, H, 9], in data units.
+        """
+        rows = [np.asarray(row, dtype=np.float64) for row in contexts]
+        if any(row.ndim != 1 for row in rows):
+            raise ModelError("a context is not one-dimensional", hint="give one array a series, or an array [windows, steps]")
+        offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum([len(row) for row in rows], out=offsets[1:])
+        values = np.concatenate(rows) if rows else np.empty(0)
+        return ForecastArrays(*self._forecast(values, offsets, horizon, _interpolation(QUANTILES), batch_size, progress))
+
+    def _forecast(
+        self, values: Floats, offsets: Ints, horizon: int, weights: tuple[Ints, Floats], batch_size: int, progress: Progress | None
+    ) -> tuple[Floats, Floats]:
+        if horizon < 1 or batch_size < 1:
+            raise ModelError(f"horizon {horizon} with batches of {batch_size} cannot be forecast", hint="give both at least 1")
+        lower, share = weights
+        count = len(offsets) - 1
+        lengths = np.minimum(np.diff(offsets), self.model.config.context)
+        order = np.argsort(lengths, kind="stable")
+        point, levels = np.empty((count, horizon)), np.empty((count, horizon, len(lower)))
+        device = self.model.decoder.queries.device
+        with torch.inference_mode():
+            for start in range(0, count, batch_size):
+                rows = order[start : start + batch_size]
+                context = torch.from_numpy(_gather(values, offsets, rows, int(lengths[rows[-1]]))).to(device)
+                forecast = self.model(context, context.isfinite(), horizon)
+                point[rows] = forecast.point.cpu().numpy()
+                levels[rows] = _interpolate(forecast.quantiles.cpu().numpy(), lower, share)
+                if progress is not None:
+                    progress(min(start + batch_size, count), count)
+        return point, levels
+
+
+def _gather(values: Floats, offsets: Ints, rows: Ints, length: int) -> Floats:
+    """Return the last ``length`` points of each series [B, length], NaN before its start."""
+    places = offsets[rows + 1][:, None] + np.arange(-length, 0)
+    inside = places >= offsets[rows][:, None]
+    return np.where(inside, values[np.maximum(places, 0)], np.nan) if length else np.empty((len(rows), 0))
+
+
+def _series_of(ids: pd.Series[str]) -> tuple[npt.NDArray[np.object_], Ints]:
+    """Return names [S] and offsets [S + 1] of a column that is sorted by series."""
+    codes, names = pd.factorize(ids)
+    starts = np.flatnonzero(np.diff(codes, prepend=-1))
+    return np.asarray(names, dtype=object), np.append(starts, len(codes)).astype(np.int64)
+
+
+def _interpolation(levels: Sequence[float]) -> tuple[Ints, Floats]:
+    """Return, for each level, the learnt level below it and the share of the way to the next one."""
+    wanted = np.asarray(levels, dtype=np.float64).reshape(-1)
+    lowest, highest = QUANTILES[0], QUANTILES[-1]
+    for level in wanted:
+        if not lowest <= level <= highest:
+            raise QuantileError(f"level {level:g} lies outside the learnt quantiles", hint=f"ask for levels from {lowest} to {highest}")
+    if len({f"{level:g}" for level in wanted}) < len(wanted):
+        raise QuantileError(f"levels {', '.join(f'{level:g}' for level in wanted)} name one level twice", hint="ask for each level once")
+    known = np.asarray(QUANTILES)
+    lower = np.clip(np.searchsorted(known, wanted, side="right") - 1, 0, len(known) - 2)
+    share = (wanted - known[lower]) / (known[lower + 1] - known[lower])
+    return lower, share
+
+
+def _interpolate(quantiles: npt.NDArray[np.floating], lower: Ints, share: Floats) -> Floats:
+    """Return levels [B, H, Q] from learnt quantiles [B, H, 9]; rounding never makes them cross."""
+    below, above = quantiles[..., lower], quantiles[..., lower + 1]
+    return cast(Floats, np.where(share >= 1, above, np.minimum(below + (above - below) * share, above)))
+
+
+def future_stamps(last: pd.Series, freq: str | int, horizon: int) -> pd.Series:
+    """Return the ``horizon`` stamps after each last one, series after series.
+
+    Parameters
+    ----------
+    last
+        The last stamp of every series: datetime64, with or without a time zone, or int64.
+    freq
+        pandas frequency, or the integer step.
+    horizon
+        Stamps a series.
+
+    Returns
+    -------
+    pandas.Series
+        [S * horizon], of the same type as ``last``.
+    """
+    codes, unique = pd.factorize(last)
+    stamps = pd.Index(unique)
+    step = freq if isinstance(freq, int) else to_offset(freq)
+    zone = stamps.tz if isinstance(stamps, pd.DatetimeIndex) else None
+    calendar = zone is not None and (isinstance(step, Day) or not isinstance(step, Tick))
+    if calendar:  # a day is a day on the clock, 23 to 25 hours long
+        stamps = stamps.tz_localize(None)
+    future = pd.Index(make_future_dataframe(pd.Series(np.arange(len(stamps))), stamps, step, horizon)["ds"])
+    if calendar:
+        future = future.tz_localize(zone, ambiguous=np.ones(len(future), dtype=bool), nonexistent="shift_forward")
+    places = codes[:, None] * horizon + np.arange(horizon)  # [S, horizon]
+    return pd.Series(future.take(places.ravel()))

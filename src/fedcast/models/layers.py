@@ -1,0 +1,230 @@
+"""Building blocks of the patch transformer: instance normalisation, patch embedding, attention, blocks.
+
+Every block runs in float32 and in bfloat16. Shapes: B windows, N tokens, d width, h heads, e = d / h.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_MASKED = -1e9  # finite, so that a row without any key stays finite; its softmax weight is exactly 0 elsewhere
+_ROPE_BASE = 100.0  # contexts are tens of patches: with the usual 10000 most pairs would hardly turn
+_SMALLEST_SCALE = 1e-30
+
+
+class Linear(nn.Linear):
+    """A linear layer that leaves its weights empty: the model fills them from its own generator, not from the global one."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing."""
+
+
+class InstanceNorm:
+    """Standardise each window by mean and standard deviation over its observed points.
+
+    A constant window gets a hundredth of its level as scale (0.01 when the level is 0), a window without observed points
+    loc 0 and scale 1. Nothing overflows: windows are first divided by their largest magnitude.
+    """
+
+    @staticmethod
+    def forward(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return normalised values (0 where missing) [B, L], loc [B, 1] and scale [B, 1].
+
+        Parameters
+        ----------
+        values
+            [B, L], float32 or float64, finite, 0 where missing.
+        mask
+            [B, L], True where observed.
+        """
+        observed = mask.to(values.dtype)
+        count = observed.sum(dim=-1, keepdim=True)
+        divisor = count.clamp_min(1.0)
+        peak = values.abs().amax(dim=-1, keepdim=True)
+        peak = torch.where(peak > 0, peak, 1.0)
+        unit = values / peak
+        mean = unit.sum(dim=-1, keepdim=True) / divisor
+        centred = (unit - mean) * observed
+        deviation = (centred.square().sum(dim=-1, keepdim=True) / divisor).sqrt()
+        level = mean.abs()
+        noise = 8 * torch.finfo(values.dtype).eps
+        constant = 0.01 * torch.where(level > 0, level, 1.0)
+        scale = torch.where(deviation > noise * level, deviation, constant)
+        scale = torch.where(count > 0, scale, 1.0)
+        return centred / scale, mean * peak, (scale * peak).clamp_min(_SMALLEST_SCALE)
+
+    @staticmethod
+    def inverse(normalised: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+        """Return data units from normalised ones [B, ...]; ``loc`` and ``scale`` [B, 1]. The result is finite."""
+        shape = (-1,) + (1,) * (normalised.dim() - 1)
+        limit = torch.finfo(loc.dtype).max
+        return torch.addcmul(loc.view(shape), normalised.to(loc.dtype), scale.view(shape)).clamp(-limit, limit)
+
+
+@lru_cache(maxsize=64)
+def rotary_table(length: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return cosines and signed sines [length, width] of rotary positions (Su et al., arXiv 2104.09864).
+
+    ``x * cos + x.roll(width / 2) * sin`` turns each pair (i, i + width / 2). Cached, and never an inference tensor, since training
+    may be the next to use it.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        rates = _ROPE_BASE ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+        angles = torch.arange(length, dtype=torch.float64)[:, None] * rates  # [length, width / 2]
+        cosines, sines = angles.cos(), angles.sin()
+        return torch.cat((cosines, cosines), -1).to(device, dtype), torch.cat((-sines, sines), -1).to(device, dtype)
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn ``x`` [..., N, e] by the rows of a :func:`rotary_table`."""
+    cosines, sines = table
+    return torch.addcmul(x * cosines, x.roll(x.shape[-1] // 2, -1), sines)
+
+
+def key_bias(patch_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the additive attention mask [B, 1, 1, N] that excludes patches without observed points as keys.
+
+    A row without any usable key attends to all of its patches instead.
+    """
+    excluded = patch_mask.logical_not() & patch_mask.any(dim=-1, keepdim=True)
+    return (excluded.to(dtype) * _MASKED)[:, None, None, :]
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """Scaled dot-product attention of [B, h, N, e] tensors with an additive bias [B, 1, 1, N_keys].
+
+    On the CPU, torch's fused kernel is up to five times slower than plain products in bfloat16, and when float32 products are
+    routed to oneDNN (``torch.set_float32_matmul_precision("medium")``); plain products are used there. Both give the same result
+    within rounding.
+    """
+    if query.device.type == "cpu" and (query.dtype == torch.bfloat16 or torch.get_float32_matmul_precision() != "highest"):
+        return _attend_explicitly(query, key, value, bias)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+
+
+def _attend_explicitly(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    batch, heads, length, width = query.shape
+    flat = batch * heads
+    spread = bias.expand(batch, heads, 1, -1).reshape(flat, 1, -1)
+    keys = key.reshape(flat, -1, width).transpose(1, 2)
+    scores = torch.baddbmm(spread, query.reshape(flat, length, width), keys, alpha=width**-0.5)  # [B h, N, N_keys]
+    mixed = torch.bmm(scores.softmax(dim=-1), value.reshape(flat, -1, width))
+    return mixed.view(batch, heads, length, width)
+
+
+class FeedForward(nn.Module):
+    """``out(GELU(hidden(x)))`` on the last axis."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.hidden = Linear(width, hidden)
+        self.out = Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., d] to [..., d]."""
+        return cast(Tensor, self.out(F.gelu(self.hidden(x))))
+
+
+class PatchEmbedding(nn.Module):
+    """Residual MLP from a patch's values and mask to one token.
+
+    Parameters
+    ----------
+    patch
+        Time steps a patch.
+    width
+        Width of the token.
+    """
+
+    def __init__(self, patch: int, width: int) -> None:
+        super().__init__()
+        self.hidden = Linear(2 * patch, width)
+        self.out = Linear(width, width)
+        self.skip = Linear(2 * patch, width)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Map [B, N, 2 * patch] (values, then mask) to [B, N, d]."""
+        return cast(Tensor, self.out(F.gelu(self.hidden(patches))) + self.skip(patches))
+
+
+class EncoderBlock(nn.Module):
+    """Pre-norm self-attention and feed-forward, both residual."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
+        self.forward_norm = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width, 4 * width)
+
+    def forward(self, x: Tensor, bias: Tensor, table: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Map [B, N, d] to [B, N, d].
+
+        Parameters
+        ----------
+        x
+            Tokens, [B, N, d].
+        bias
+            From :func:`key_bias`.
+        table
+            Rotary table of the N positions, or ``None`` with learned positions.
+        """
+        batch, length, width = x.shape
+        packed = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, width // self.heads)
+        packed = packed.permute(2, 0, 3, 1, 4).contiguous()  # [3, B, h, N, e]
+        pair, (value,) = packed.split((2, 1))
+        query, key = (pair if table is None else rotate(pair, table)).unbind()
+        mixed = attend(query, key, value, bias)
+        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        return cast(Tensor, x + self.feed_forward(self.forward_norm(x)))
+
+
+class DecoderBlock(nn.Module):
+    """Pre-norm cross-attention of horizon queries to encoder features and feed-forward, both residual.
+
+    Queries do not see each other, so a shorter horizon needs only its own queries. The feed-forward part is twice as wide as the
+    model, half of the encoder's: what is shared between domains belongs in the encoder.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.query = Linear(width, width)
+        self.kv = Linear(width, 2 * width)
+        self.out = Linear(width, width)
+        self.forward_norm = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width, 2 * width)
+
+    def forward(
+        self, x: Tensor, features: Tensor, bias: Tensor, tables: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+    ) -> Tensor:
+        """Map queries [B, M, d] to [B, M, d].
+
+        Parameters
+        ----------
+        x
+            Horizon tokens, [B, M, d].
+        features
+            Encoder features, [B, N, d], already normalised.
+        bias
+            From :func:`key_bias`.
+        tables
+            Rotary tables of the M horizon and the N context positions, or ``None`` with learned positions.
+        """
+        batch, length, width = x.shape
+        query = self.query(self.attention_norm(x)).view(batch, length, self.heads, -1).transpose(1, 2)  # [B, h, M, e]
+        packed = self.kv(features).view(batch, features.shape[1], 2, self.heads, width // self.heads)
+        key, value = packed.permute(2, 0, 3, 1, 4).contiguous().unbind()  # [B, h, N, e] each
+        if tables is not None:
+            query, key = rotate(query, tables[0]), rotate(key, tables[1])
+        mixed = attend(query, key, value, bias)
+        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        return cast(Tensor, x + self.feed_forward(self.forward_norm(x)))

@@ -1,0 +1,390 @@
+"""The native forecaster: a channel-independent patch transformer with encoder, decoder and heads as separate modules."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, Self, cast
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fedcast.errors import CheckpointError, ModelError
+from fedcast.models.base import QUANTILES, Forecast, ModelConfig, Output
+from fedcast.models.layers import DecoderBlock, EncoderBlock, InstanceNorm, Linear, PatchEmbedding, key_bias, rotary_table
+from fedcast.spec import ModelSpec
+
+_WEIGHTS = "model.safetensors"
+_CONFIG = "config.json"
+_FORMAT = "fedcast.patch_transformer"
+_GAUSSIAN = (-1.2815516, -0.8416212, -0.5244005, -0.2533471, 0.0, 0.2533471, 0.5244005, 0.8416212, 1.2815516)
+
+
+class _Document(BaseModel):
+    """What config.json says."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: Literal["fedcast.patch_transformer"]
+    version: Literal[1]
+    weights_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    model: dict[str, int | str]
+
+
+class Tokens(NamedTuple):
+    """Patches of a batch: ``patches`` [B, N, 2 * patch] (values, then mask), ``mask`` bool [B, N], ``loc`` and ``scale`` [B, 1]."""
+
+    patches: Tensor
+    mask: Tensor
+    loc: Tensor
+    scale: Tensor
+
+
+class Encoder(nn.Module):
+    """Patch embedding and self-attention blocks; the part that FedTRL federates."""
+
+    positions: nn.Parameter | None
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embedding = PatchEmbedding(config.patch, config.d_model)
+        if config.position == "learned":
+            self.positions = nn.Parameter(torch.empty(config.context_patches, config.d_model))
+        else:
+            self.register_parameter("positions", None)
+        self.blocks = nn.ModuleList(EncoderBlock(config.d_model, config.n_heads) for _ in range(config.encoder_layers))
+        self.norm = nn.LayerNorm(config.d_model)
+
+    def forward(self, patches: Tensor, bias: Tensor, table: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Map patches [B, N, 2 * patch] to features [B, N, d]; see :class:`~fedcast.models.layers.EncoderBlock`."""
+        x = self.embedding(patches)
+        if self.positions is not None:
+            x = x + self.positions[-x.shape[1] :]  # counted from the end: the newest patch always has the last position
+        for block in self.blocks:
+            x = block(x, bias, table)
+        return cast(Tensor, self.norm(x))
+
+
+class Decoder(nn.Module):
+    """One learned query a horizon patch, cross-attending to the encoder's features."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.empty(config.horizon_patches, config.d_model))
+        self.blocks = nn.ModuleList(DecoderBlock(config.d_model, config.n_heads) for _ in range(config.decoder_layers))
+        self.norm = nn.LayerNorm(config.d_model)
+
+    def forward(
+        self, features: Tensor, bias: Tensor, patches: int, tables: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+    ) -> Tensor:
+        """Map features [B, N, d] to the first ``patches`` horizon tokens [B, patches, d]."""
+        x = self.queries[:patches].expand(features.shape[0], -1, -1)
+        for block in self.blocks:
+            x = block(x, features, bias, tables)
+        return cast(Tensor, self.norm(x))
+
+
+class Heads(nn.Module):
+    """Linear heads: a point and nine quantiles a step."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.point = Linear(config.d_model, config.patch)
+        self.quantiles = Linear(config.d_model, config.patch * len(QUANTILES))
+
+    def forward(self, tokens: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
+        """Map horizon tokens [B, M, d] to points [B, horizon] and quantiles [B, horizon, 9]."""
+        batch = tokens.shape[0]
+        point = self.point(tokens).view(batch, -1)
+        quantiles = self.quantiles(tokens).view(batch, -1, len(QUANTILES))
+        return point[:, :horizon], quantiles[:, :horizon]
+
+
+class PatchTransformer(nn.Module):
+    """Channel-independent patch transformer for forecasting.
+
+    Each window is standardised over its observed points (:class:`~fedcast.models.layers.InstanceNorm`, in float32 whatever the
+    parameters' type), cut into patches from its end, embedded together with its mask and encoded; patches without observed points
+    are no attention keys. The decoder's learned queries, one a horizon patch, read the features; linear heads give the point and
+    the quantiles. Shorter horizons compute only the patches they need, longer ones are rolled. There is no dropout: the same
+    input gives the same output in training and evaluation mode.
+
+    Parameters
+    ----------
+    config
+        The shape.
+    seed
+        Seed of the initial weights. The global random state is neither read nor changed.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.heads = Heads(config)
+        _initialise(self, seed)
+
+    @classmethod
+    def from_spec(cls, spec: ModelSpec, seed: int) -> Self:
+        """Build the model of a spec's ``[model]`` section, with initial weights drawn from ``seed``."""
+        return cls(ModelConfig.of(spec), seed)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the parameters."""
+        return self.decoder.queries.dtype
+
+    def normalised(self, context: Tensor, mask: Tensor, horizon: int) -> Output:
+        """Forecast in normalised units, in one pass, for training.
+
+        Parameters
+        ----------
+        context
+            Values in data units, [B, L], any L; only the last ``config.context`` are read. What is not finite counts as missing.
+        mask
+            [B, L], True where observed; values elsewhere are ignored.
+        horizon
+            Steps H, from 1 to ``config.horizon``.
+
+        Raises
+        ------
+        ModelError
+            When the horizon or a shape does not fit.
+        """
+        if not 1 <= horizon <= self.config.horizon:
+            raise ModelError(
+                f"one pass gives 1 to {self.config.horizon} steps, not {horizon}", hint="call the model itself, which rolls longer horizons"
+            )
+        tokens = self._tokens(context, mask)
+        bias = key_bias(tokens.mask, self.dtype)
+        features = self._encode(tokens, bias)
+        needed = -(-horizon // self.config.patch)
+        tables = self._decoder_tables(features, needed)
+        decoded = self.decoder(features, bias, needed, tables)
+        point, quantiles = self.heads(decoded, horizon)
+        return Output(point.float(), quantiles.float(), features.float(), tokens.mask, tokens.loc, tokens.scale)
+
+    def embed(self, context: Tensor, mask: Tensor) -> Tensor:
+        """Return the encoder's features [B, N, d] in float32; parameters as in :meth:`normalised`."""
+        tokens = self._tokens(context, mask)
+        return self._encode(tokens, key_bias(tokens.mask, self.dtype)).float()
+
+    def forward(self, context: Tensor, mask: Tensor, horizon: int) -> Forecast:
+        """Forecast in data units, for any horizon.
+
+        Past ``config.horizon`` the point forecast is appended to the context and the model is asked again; quantiles further out
+        then describe the spread around that path and are too narrow.
+
+        Parameters
+        ----------
+        context, mask
+            As in :meth:`normalised`.
+        horizon
+            Steps H, at least 1.
+
+        Returns
+        -------
+        Forecast
+            Finite; float32, or float64 when the context is float64.
+        """
+        if horizon < 1:
+            raise ModelError(f"a horizon of {horizon} steps is none", hint="ask for at least 1 step")
+        points, quantiles = [], []
+        while horizon > 0:
+            steps = min(horizon, self.config.horizon)
+            output = self.normalised(context, mask, steps)
+            points.append(InstanceNorm.inverse(output.point, output.loc, output.scale))
+            quantiles.append(InstanceNorm.inverse(output.quantiles.sort(dim=-1).values, output.loc, output.scale))
+            horizon -= steps
+            if horizon > 0:
+                context = torch.cat((context, points[-1]), dim=1)[:, -self.config.context :]
+                mask = torch.cat((mask, torch.ones_like(points[-1], dtype=torch.bool)), dim=1)[:, -self.config.context :]
+        return Forecast(torch.cat(points, dim=1), torch.cat(quantiles, dim=1))
+
+    def _tokens(self, context: Tensor, mask: Tensor) -> Tokens:
+        if context.dim() != 2 or context.shape != mask.shape:
+            raise ModelError(
+                f"context {tuple(context.shape)} and mask {tuple(mask.shape)} do not fit",
+                hint="give both as [windows, steps], of the same shape",
+            )
+        patch = self.config.patch
+        context, mask = context[:, -self.config.context :], mask[:, -self.config.context :]
+        batch, length = context.shape
+        count = max(1, -(-length // patch))
+        if length < count * patch:
+            context, mask = (nn.functional.pad(x, (count * patch - length, 0)) for x in (context, mask))
+        values = context if context.dtype == torch.float64 else context.float()
+        mask = mask.bool() & values.isfinite()
+        normal, loc, scale = InstanceNorm.forward(torch.where(mask, values, 0.0), mask)
+        channels = torch.stack((normal.float(), mask.float()), dim=1).view(batch, 2, count, patch)
+        patches = channels.transpose(1, 2).reshape(batch, count, 2 * patch)
+        seen = patches[..., patch:].amax(dim=-1) > 0  # [B, N]
+        return Tokens(patches.to(self.dtype), seen, loc, scale)
+
+    def _encode(self, tokens: Tokens, bias: Tensor) -> Tensor:
+        table = None
+        if self.config.position == "rope":
+            table = self._rows(tokens.patches, self.config.context_patches - tokens.patches.shape[1], self.config.context_patches)
+        return cast(Tensor, self.encoder(tokens.patches, bias, table))
+
+    def _decoder_tables(self, features: Tensor, needed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+        if self.config.position != "rope":
+            return None
+        now = self.config.context_patches
+        return self._rows(features, now, now + needed), self._rows(features, now - features.shape[1], now)
+
+    def _rows(self, like: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        width = self.config.d_model // self.config.n_heads
+        cosines, sines = rotary_table(self.config.context_patches + self.config.horizon_patches, width, like.dtype, like.device)
+        return cosines[start:stop], sines[start:stop]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``model.safetensors`` and ``config.json``.
+
+        A new folder appears complete or not at all. In an existing one each file is replaced whole, the weights first; the
+        configuration carries their SHA-256, so a mixture of two models is refused when it is read.
+
+        Parameters
+        ----------
+        folder
+            Where to; made with its parents when it does not exist.
+        """
+        target = Path(folder)
+        state = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.state_dict().items()}
+        weights = safetensors.torch.save(state, metadata={"format": "pt"})
+        document = {"format": _FORMAT, "version": 1, "weights_sha256": hashlib.sha256(weights).hexdigest(), "model": self.config.to_dict()}
+        files = {_WEIGHTS: weights, _CONFIG: (json.dumps(document, indent=2) + "\n").encode()}
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = target.parent / f".{target.name}.{os.getpid()}.aside"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        try:
+            for name, content in files.items():
+                _write(aside / name, content)
+            if target.exists():
+                for name in files:
+                    os.replace(aside / name, target / name)
+            else:
+                os.rename(aside, target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Read a model that :meth:`save_pretrained` wrote; its forecasts are the same to the bit.
+
+        Parameters
+        ----------
+        folder
+            The folder with ``model.safetensors`` and ``config.json``.
+
+        Raises
+        ------
+        CheckpointError
+            When a file is missing or damaged, an unknown key stands in the configuration, or a tensor is missing, surplus, of
+            another shape or not finite.
+        """
+        target = Path(folder)
+        config, digest = _read_config(target / _CONFIG)
+        state = _read_weights(target / _WEIGHTS, digest)
+        with torch.device("meta"):
+            model = cls(config)
+        _check_tensors(target / _WEIGHTS, model.state_dict(), state)
+        model.load_state_dict(state, assign=True)
+        return model.requires_grad_(True)
+
+
+def _initialise(model: PatchTransformer, seed: int) -> None:
+    if model.decoder.queries.is_meta:
+        return
+    generator = torch.Generator().manual_seed(seed)
+    depth = {"encoder": model.config.encoder_layers, "decoder": model.config.decoder_layers}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            part, *_, leaf = name.split(".")
+            if leaf == "bias":
+                parameter.zero_()
+            elif leaf == "positions":  # as large as the tokens they mark; at 0.02 they were not learnt within 500 steps
+                parameter.normal_(0.0, 0.5, generator=generator)
+            elif leaf == "queries":
+                parameter.normal_(0.0, 0.05, generator=generator)
+            elif part == "heads":
+                parameter.normal_(0.0, 0.02, generator=generator)
+            elif parameter.dim() == 2:
+                residual = ".blocks." in name and ".out." in name
+                spread = parameter.shape[1] ** -0.5 * ((2 * depth[part]) ** -0.5 if residual else 1.0)
+                parameter.normal_(0.0, spread, generator=generator)
+        # an untrained model says "Gaussian around the context's mean"
+        model.heads.quantiles.bias.copy_(torch.tensor(_GAUSSIAN).repeat(model.config.patch))
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        reason = "does not exist" if isinstance(error, FileNotFoundError | NotADirectoryError) else f"cannot be read: {error.strerror}"
+        raise CheckpointError(f"{path} {reason}", hint="give the folder that save_pretrained wrote, or a run folder with final/") from error
+
+
+def _read_config(path: Path) -> tuple[ModelConfig, str]:
+    content = _read_bytes(path)
+    hint = "copy the model folder again, or save the model again with this version of fedcast"
+    try:
+        document = _Document.model_validate(json.loads(content))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "its root"
+        raise CheckpointError(f"{path} is refused at {where}: {first['msg']}", hint=hint) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: it is not JSON", hint=hint) from error
+    try:
+        return ModelConfig.from_dict(document.model), document.weights_sha256
+    except ModelError as error:
+        raise CheckpointError(f"{path}: {error.message}", hint=hint) from error
+
+
+def _read_weights(path: Path, digest: str) -> dict[str, Tensor]:
+    content = _read_bytes(path)
+    hint = "copy the model folder again; the two files belong together"
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in {_CONFIG}", hint=hint)
+    try:
+        # a copy lies where torch lays its own tensors: products can round differently at another alignment
+        return {name: tensor.clone() for name, tensor in safetensors.torch.load(content).items()}
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}", hint=hint) from error
+
+
+def _check_tensors(path: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    hint = f"use the {_CONFIG} that was saved beside these weights"
+    missing, surplus = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or surplus:
+        parts = [
+            f"{word} {len(names)} tensors, first {names[0]!r}"
+            for word, names in (("lacks", missing), ("has a surplus of", surplus))
+            if names
+        ]
+        raise CheckpointError(f"{path} {' and '.join(parts)}", hint=hint)
+    for name, tensor in found.items():
+        if tensor.shape != expected[name].shape:
+            raise CheckpointError(f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}", hint=hint)
+        if not tensor.dtype.is_floating_point or not bool(tensor.isfinite().all()):
+            raise CheckpointError(
+                f"{path}: tensor {name!r} holds values that are not finite numbers", hint="go back to an earlier checkpoint"
+            )
+    if len({tensor.dtype for tensor in found.values()}) != 1:
+        raise CheckpointError(f"{path} mixes tensor types", hint="save the model again with all parameters of one type")

@@ -1,0 +1,1 @@
+"""Floor 2: what a model is trained to do."""

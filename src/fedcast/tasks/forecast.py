@@ -1,0 +1,65 @@
+"""Forecasting as a training task: a point and nine quantiles a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedcast.models.base import QUANTILES, Output
+
+if TYPE_CHECKING:
+    from fedcast.data.windows import Batch
+
+
+@dataclass(frozen=True)
+class ForecastTask:
+    """Huber loss of the point plus pinball loss of the quantiles, in normalised units, over observed targets.
+
+    Per observed target, with u the error: ``Huber_delta(u) + eta * 2 / |Q| * sum_q max(q u_q, (q - 1) u_q)``; the mean over all
+    observed targets of the batch. Pinball as in GIFT-Eval's weighted quantile loss, Huber as in Time-MoE (arXiv 2409.16040).
+
+    Attributes
+    ----------
+    eta
+        Weight of the quantile part.
+    delta
+        Where the Huber loss turns from quadratic to linear, in standard deviations of the context.
+    limit
+        Targets are clamped to this many standard deviations of the context. Both losses are linear that far out, so gradients stay
+        the same, while a series that leaves a near-constant context cannot drown the others in the reported loss.
+    """
+
+    eta: float = 1.0
+    delta: float = 1.0
+    limit: float = 50.0
+
+    def loss(self, output: Output, batch: Batch) -> Tensor:
+        """Return the scalar loss.
+
+        Parameters
+        ----------
+        output
+            A model's normalised output for ``batch.context``, horizon H.
+        batch
+            ``target`` [B, H] in data units (0 where missing) and ``target_mask`` [B, H]. Without any observed target the loss is 0,
+            with zero gradients.
+        """
+        observed = batch.target_mask.to(torch.float32)
+        target = ((batch.target - output.loc) / output.scale).clamp(-self.limit, self.limit)
+        point = F.huber_loss(output.point, target, reduction="none", delta=self.delta)
+        error = target.unsqueeze(-1) - output.quantiles  # [B, H, 9]
+        # 2 * max(q u, (q - 1) u) = |u| + (2 q - 1) u
+        pinball = error.abs().sum(dim=-1) + error @ _slopes(error.device)
+        per_step = point + (self.eta / len(QUANTILES)) * pinball  # [B, H]
+        return (per_step * observed).sum() / observed.sum().clamp_min(1.0)
+
+
+@lru_cache(maxsize=8)
+def _slopes(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor([2 * level - 1 for level in QUANTILES], dtype=torch.float32, device=device)
