@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedcast.data.check import check_frame, describe
 from fedcast.data.frames import read_frame
@@ -256,6 +258,12 @@ VALID: dict[str, tuple[Callable[[], pd.DataFrame], str | int]] = {
         lambda: stamps(list(pd.to_datetime([f"2024-01-{day:02}" for day in (1, 3, 5, 6, 8, 10, 11, 12)]))),
         "D",
     ),
+    "quarter names": (
+        lambda: two_series(8, "QS").assign(ds=np.tile([f"{year}-Q{q}" for year in (2023, 2024) for q in range(1, 5)], 2)),
+        "QS-JAN",
+    ),
+    "midnights that summer time skips": (lambda: two_series(12).assign(ds=sao_paulo_days), "D"),
+    "lists as ids": (lambda: two_series().assign(unique_id=[[place // 10] for place in range(20)]), "D"),
     "other columns": (lambda: two_series().assign(note="text", price=1.0), "D"),
 }
 
@@ -266,6 +274,10 @@ def zoned(start: str, rows: int, freq: str) -> pd.DataFrame:
 
 def utc_days_in_paris(frame: pd.DataFrame) -> pd.Series:
     return (frame["ds"] + pd.Timedelta("85D")).dt.tz_localize("UTC").dt.tz_convert("Europe/Paris")
+
+
+def sao_paulo_days(frame: pd.DataFrame) -> pd.Series:
+    return (frame["ds"] + (pd.Timestamp("2018-10-30") - frame["ds"].min())).dt.tz_localize("America/Sao_Paulo", nonexistent="shift_forward")
 
 
 def shifted_quarters() -> pd.DataFrame:
@@ -323,6 +335,42 @@ def test_when_a_frequency_is_given_then_it_is_held_against_the_stamps(freq: str 
 
     assert [problem.kind for problem in problems] == ([kind] if kind else [])
     assert not problems or repair in problems[0].repair
+
+
+def test_when_no_two_stamps_are_one_step_apart_then_the_likely_frequency_is_offered() -> None:
+    frame = stamps(list(pd.Timestamp("2024-01-01") + pd.to_timedelta(np.cumsum([0, 2, 3, 2, 2, 2, 3, 2]), "h")))
+
+    assert "pass freq='h'" in check_frame(frame)[0].repair
+    assert check_frame(frame, freq="h") == []
+
+
+CELLS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.complex_numbers(),
+    st.text(max_size=5),
+    st.binary(max_size=3),
+    st.datetimes(timezones=st.none() | st.timezones()),
+    st.dates(),
+    st.lists(st.integers(), max_size=2),
+    st.sampled_from(["2024-01-01", "2024-01-02T00:00Z", "2024-01-03 00:00+05:30", "1/2/2024", pd.NaT, pd.NA, Decimal("1.5")]),
+)
+
+
+@given(st.lists(st.tuples(CELLS, CELLS, CELLS), max_size=6))
+def test_when_cells_hold_anything_then_problems_come_back_and_nothing_is_raised(rows: list[tuple[object, object, object]]) -> None:
+    columns = zip(*rows, strict=True) if rows else ((), (), ())
+    frame = pd.DataFrame(
+        {name: pd.Series(list(cells), dtype=object) for name, cells in zip(("unique_id", "ds", "y"), columns, strict=True)}
+    )
+
+    problems = check_frame(frame)
+
+    assert all(problem.repair and problem.message for problem in problems)
+    if not problems:
+        assert read_frame(frame).frame["y"].notna().any()
 
 
 def test_when_mixed_frequencies_are_given_a_frequency_then_they_are_read_at_it() -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedcast.data.frames import Columns, read_domains, read_frame
+from fedcast.data.frames import Columns, domain_files, read_domains, read_frame
 from fedcast.errors import FrameError, SourceError
 
 FREQS = [
@@ -246,6 +246,7 @@ def test_when_a_folder_is_read_then_files_and_sub_folders_are_domains(tmp_path: 
 
     assert {domain: list(datasets) for domain, datasets in domains.items()} == {"power.v2": ["power.v2"], "shops": ["north", "south"]}
     pd.testing.assert_frame_equal(domains["shops"]["south"].frame, frame)
+    assert domain_files(tmp_path)["shops"]["south"] == tmp_path / "shops" / "south.csv.xz"
 
 
 def test_when_a_file_of_a_folder_is_malformed_then_it_is_named(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_when_one_value_changes_then_the_fingerprint_changes(series: list[np.nda
     store = _store(series)
     values = store.values.copy()
     at = data.draw(st.integers(0, len(values) - 1))
-    values[at] = 1.0 if np.isnan(values[at]) else np.nextafter(values[at], np.float32(np.inf))
+    values[at] = 1.0 if np.isnan(values[at]) or values[at] == 0 else np.nextafter(values[at], np.float32(0))
     cut = np.cumsum([len(s) for s in series])[:-1]
     assert _store(np.split(values, cut)).fingerprint != store.fingerprint
     assert _store(np.split(store.values, cut)).fingerprint == store.fingerprint

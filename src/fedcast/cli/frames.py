@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fedcast.data.check import describe
-from fedcast.data.frames import examine
-from fedcast.data.readers import data_suffix
-from fedcast.errors import FrameProblem, SourceError
+from fedcast.data.frames import domain_files, examine
+from fedcast.errors import FrameProblem
 
 
 @dataclass(frozen=True)
@@ -58,14 +57,8 @@ def check_files(data: Path, **columns: str | None) -> list[FileReport]:
     SourceError
         When there is nothing to check.
     """
-    files = [data] if not data.is_dir() else sorted(file for pattern in ("*", "*/*") for file in data.glob(pattern) if _is_data(file))
-    if not files:
-        raise SourceError(f"no data files in {data}", hint="put CSV, parquet or .tsf files there, or sub-folders of them")
+    files = [file for domain in domain_files(data).values() for file in domain.values()] if data.is_dir() else [data]
     return [_check(file, columns) for file in files]
-
-
-def _is_data(file: Path) -> bool:
-    return file.is_file() and not file.name.startswith(".") and data_suffix(file) is not None
 
 
 def _check(file: Path, columns: dict[str, str | None]) -> FileReport:

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from fedcast.data.frames import Columns, LongFrame, read_domains
+from fedcast.data.frames import Columns, LongFrame, domain_files, read_domains
 from fedcast.data.store import SeriesStore
 from fedcast.errors import SourceError, SpecError, UnknownNameError
 
@@ -65,7 +65,7 @@ def domain_names(source: str | Path) -> list[str]:
         return sorted(bundled_card()["domains"])
     if source == "catalogue":
         return sorted(_catalogue())
-    return sorted(read_domains(Path(source), time=None, id=None, target=None, freq=None))
+    return sorted(domain_files(source))
 
 
 def default_split(source: str | Path) -> tuple[list[str], list[str]]:

@@ -241,10 +241,24 @@ def read_domains(
     SourceError
         If the folder is missing or holds no data, or two files would have the same name.
     """
+    return {
+        domain: {name: read_frame(file, time=time, id=id, target=target, freq=freq) for name, file in files.items()}
+        for domain, files in domain_files(folder).items()
+    }
+
+
+def domain_files(folder: str | Path) -> dict[str, dict[str, Path]]:
+    """Return the data files of a folder without reading them: domain to dataset to file, as :func:`read_domains` reads them.
+
+    Raises
+    ------
+    SourceError
+        If the folder is missing or holds no data, or two files would have the same name.
+    """
     root = Path(folder)
     if not root.is_dir():
         raise SourceError(f"{folder} is not a folder", hint="name a folder of data files, or read one file with read_frame")
-    domains: dict[str, dict[str, LongFrame]] = {}
+    domains: dict[str, dict[str, Path]] = {}
     for entry in sorted(root.iterdir()):
         files = sorted(entry.iterdir()) if entry.is_dir() and not entry.name.startswith(".") else [entry]
         for file in files:
@@ -257,7 +271,7 @@ def read_domains(
                     f"{file} would be dataset {stem(file)!r} of domain {domain!r} a second time",
                     hint="rename one of the two files or folders",
                 )
-            datasets[stem(file)] = read_frame(file, time=time, id=id, target=target, freq=freq)
+            datasets[stem(file)] = file
     if not domains:
         raise SourceError(f"{folder} holds no CSV, parquet or .tsf file", hint="put one file a domain, or one sub-folder a domain, into it")
     return domains

@@ -56,9 +56,9 @@ class Checkpoints:
 
     def save(self, server: Server, progress: Progress, *, before_rename: Callable[[], None] = lambda: None) -> None:
         """Write the checkpoint of the server's round."""
-        payload = save(
-            {"shared": server.shared, "private": server.private, **{f"method.{n}": t.contiguous() for n, t in server.tensors.items()}}
-        )
+        groups = {"method": server.tensors, "expert": server.experts}
+        named = {f"{group}.{name}": tensor.contiguous() for group, tensors in groups.items() for name, tensor in tensors.items()}
+        payload = save({"shared": server.shared, "private": server.private, **named})
         manifest = {
             "round": server.round,
             "layout": server.layout.digest,
@@ -109,7 +109,8 @@ class Checkpoints:
             raise CheckpointError(f"the checkpoint {folder} holds another model", hint="start the run in a new folder")
         tensors = load(payload)
         server.shared, server.private = tensors.pop("shared"), tensors.pop("private")
-        server.tensors = {name.removeprefix("method."): tensor for name, tensor in tensors.items()}
+        server.tensors = {name.removeprefix("method."): t for name, t in tensors.items() if name.startswith("method.")}
+        server.experts = {name.removeprefix("expert."): t for name, t in tensors.items() if name.startswith("expert.")}
         server.round = manifest["round"]
         kept = manifest["progress"]
         return Progress(**{**kept, "best_loss": float("inf") if kept["best_loss"] is None else kept["best_loss"]})
@@ -138,6 +139,6 @@ def _sync(folder: Path) -> None:
 def digest(server: Server) -> str:
     """Return the SHA-256 of the server's weights: two runs ended alike when their digests agree."""
     hasher = hashlib.sha256()
-    for tensor in (server.shared, server.private):
+    for tensor in (server.shared, server.private, *(server.experts[name] for name in sorted(server.experts))):
         hasher.update(tensor.to(torch.float32).numpy().tobytes())
     return hasher.hexdigest()

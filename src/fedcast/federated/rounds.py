@@ -117,6 +117,8 @@ class RoundLoop:
         self._check_quorum(updates, selected, dropped, number)
         self.observer.phase("aggregate", number)
         self.method.aggregate(self.server, updates)
+        if meta["export"] and self.method.unseen() != "shadow":
+            self.server.experts |= {update.site: update.tensors["private"] for update in updates}
         trained = time.perf_counter()
         rows = []
         if validates:
@@ -141,7 +143,7 @@ class RoundLoop:
 
     def _exports(self, number: int) -> bool:
         """Whether sites send the private part: for the shadow when the model is scored, for each site's own model at the end."""
-        wanted = self._validates(number) if self.method.unseen == "shared" else number == self.server.rounds
+        wanted = number == self.server.rounds if self.method.unseen() == "each" else self._validates(number)
         return wanted and self.server.layout.private_size > 0
 
     def _validates(self, number: int) -> bool:
@@ -220,7 +222,7 @@ class RoundLoop:
         return {"kind": "validation", "round": number, "sites": {s: {"loss": v} for s, v in losses.items()}, "mean": mean}
 
     def evaluate(self, sites: Sequence[str], meta: Mapping[str, Any], private: torch.Tensor | None = None) -> dict[str, Reply]:
-        """Let sites score the server's model.
+        """Let sites score the server's model: on their own domain with their own private weights, else with the model for unseen domains.
 
         Parameters
         ----------
@@ -229,27 +231,30 @@ class RoundLoop:
         meta
             The task's JSON values.
         private
-            Private weights to use instead of a site's own.
+            Private weights to use instead.
 
         Raises
         ------
         SiteError
             When a site cannot score.
         """
-        tasks = {}
-        for name in sites:
-            tensors = {"shared": self.server.shared}
-            if private is not None:
-                tensors["private"] = private
-            elif not self.roles[name].trains and self.server.private.numel():
-                tensors["private"] = self.server.private
-            tasks[name] = Task("evaluate", self.server.round, tensors, meta)
+        tasks = {name: Task("evaluate", self.server.round, self._model_for(name, private), meta) for name in sites}
         replies = dict(self.fleet.run(tasks, None))
         for site in sites:
             error = replies[site].error
             if error is not None:
                 raise SiteError(f"site {site} cannot evaluate: {error}", hint="mend the site's data and run the same command again")
         return {site: replies[site] for site in sites}
+
+    def _model_for(self, site: str, private: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        tensors = {"shared": self.server.shared}
+        if private is not None:
+            tensors["private"] = private
+        elif not self.roles[site].trains and self.server.experts:
+            tensors["experts"] = torch.stack([self.server.experts[name] for name in sorted(self.server.experts)])
+        elif not self.roles[site].trains and self.server.private.numel():
+            tensors["private"] = self.server.private
+        return tensors
 
 
 def _critical_path(replies: Mapping[str, Reply]) -> float:

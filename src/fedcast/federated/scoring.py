@@ -15,6 +15,7 @@ from fedcast.evaluate.baselines import baseline_forecast
 from fedcast.evaluate.metrics import score
 from fedcast.evaluate.windows import EvaluationSet, evaluation_set
 from fedcast.models.base import QUANTILES, ModelConfig
+from fedcast.models.mixture import DomainMixture
 from fedcast.models.patch import PatchTransformer
 from fedcast.spec import RunSpec
 from fedcast.tasks.forecast import ForecastTask
@@ -43,7 +44,7 @@ class SiteScores:
             output = model.normalised(batch.context, batch.mask, batch.target.shape[1])
             return task.loss(output, batch).item()
 
-    def test(self, model: PatchTransformer, *, baselines: bool) -> dict[str, Any]:
+    def test(self, model: PatchTransformer | DomainMixture, *, baselines: bool) -> dict[str, Any]:
         """Return test scores of a model, of the spec's baselines where asked, and forecasts for the report where the spec keeps some."""
         spec = self._spec
         if self._test is None:
@@ -80,7 +81,7 @@ class SiteScores:
 
 
 def forecast_windows(
-    model: PatchTransformer, context: NDArray[np.float32], horizon: int
+    model: PatchTransformer | DomainMixture, context: NDArray[np.float32], horizon: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Forecast windows ``[W, L]`` (NaN where missing); return point ``[W, H]`` and quantiles ``[W, H, 9]`` in the units of the data."""
     points, bands = [], []

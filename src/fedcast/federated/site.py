@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import traceback
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ class Site:
         return self._sampler.n_points
 
     def run(self, task: Task, workspaces: Workspaces) -> Reply:
-        """Run a task; an exception becomes a reply with an error and no traceback."""
+        """Run a task; an exception becomes a reply with an error and no traceback, which stays in the site's error.log."""
         start = time.perf_counter()
         try:
             with self._busy:
@@ -104,7 +105,9 @@ class Site:
         except FedcastError as error:
             return Reply(error=f"{error.code}: {error.message}")
         except Exception as error:
-            return Reply(error=f"{type(error).__name__} at site {self.role.name}")
+            self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
+            return Reply(error=f"{type(error).__name__} at site {self.role.name}; details are in the site's own error.log")
         return Reply(
             reply.tensors, {**reply.meta, "seconds": time.perf_counter() - start, "worker": f"{os.getpid()}-{threading.get_ident()}"}
         )
@@ -201,4 +204,6 @@ class Site:
             return Reply(meta={"loss": self._scores.loss(workspace.twin, self._task)})
         if task.meta.get("personal", False):
             workspace.twin.save_pretrained(self._folder / "model")
-        return Reply(meta=self._scores.test(workspace.twin, baselines=bool(task.meta.get("baselines", False))))
+        experts = task.tensors.get("experts")
+        model = workspace.twin if experts is None else workspace.mixture(task.tensors["shared"], experts)
+        return Reply(meta=self._scores.test(model, baselines=bool(task.meta.get("baselines", False))))

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fedcast.methods.base import Method
+from fedcast.models.base import ModelConfig
+from fedcast.models.mixture import DomainMixture
 from fedcast.models.patch import PatchTransformer
 from fedcast.spec import RunSpec
 from fedcast.training.flat import FlatAdamW, FlatParameters, Layout
@@ -47,6 +49,13 @@ class Workspace:
             self.parameters.private[: private.numel()].copy_(private)
         self.parameters.publish()
 
+    def mixture(self, shared: Tensor, experts: Tensor) -> DomainMixture:
+        """Return the mixture of sites' models: shared weights ``[shared_size]`` with each row of ``experts [K, private_size]``."""
+        layout = self.parameters.layout
+        count = sum(not name.startswith("extra.") for name in layout.names)
+        of_model = Layout(layout.names[:count], layout.shapes[:count], layout.shared)
+        return build_mixture(self.twin.config, of_model, shared, {str(i): row for i, row in enumerate(experts)})
+
     @property
     def private_of_model(self) -> Tensor:
         """The private weights without those of the extra modules, as a view."""
@@ -60,6 +69,12 @@ def model_layout(spec: RunSpec, method: Method) -> tuple[Layout, Tensor]:
     named = dict(model.named_parameters())
     layout = Layout.of(named, method.shares)
     return layout, layout.flatten(named)
+
+
+def build_mixture(config: ModelConfig, layout: Layout, shared: Tensor, experts: Mapping[str, Tensor]) -> DomainMixture:
+    """Build the mixture of the models with these shared weights and each expert's private ones, by name."""
+    states = {name: layout.views(torch.cat([shared, private])) for name, private in experts.items()}
+    return DomainMixture.of(config, states, layout.names[: layout.shared])
 
 
 def build_workspace(spec: RunSpec, method: Method, extra: Mapping[str, nn.Module], precision: Precision) -> Workspace:

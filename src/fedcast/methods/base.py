@@ -26,6 +26,7 @@ from fedcast.training.flat import FlatParameters, Layout, weighted_mean
 
 METHODS: dict[str, type[Method]] = {}
 T = TypeVar("T")
+Unseen = Literal["shadow", "mixture", "each"]
 
 
 @dataclass
@@ -127,6 +128,8 @@ class Server:
         until a round exports one.
     tensors
         The method's own tensors.
+    experts
+        Private weights of each site as it last exported them, float32 ``[private_size]``, where :meth:`Method.unseen` wants them.
     round, rounds
         The round just being aggregated (from 1) and how many there are.
     log
@@ -139,6 +142,7 @@ class Server:
     tensors: dict[str, Tensor]
     round: int
     rounds: int
+    experts: dict[str, Tensor] = field(default_factory=dict)
     log: dict[str, Any] = field(default_factory=dict)
 
 
@@ -156,16 +160,12 @@ class Method:
         True for centralised controls: one client holds all domains.
     balance
         How a client draws windows: over all windows, or first over its data sets or domains.
-    unseen
-        Which model forecasts a domain that no site has seen: the ``"shared"`` one (with the shadow of the private part where there
-        is one), or ``"each"`` site's own in turn, their scores averaged.
     """
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     pooled: ClassVar[bool] = False
     balance: ClassVar[Literal["none", "dataset", "domain"]] = "dataset"
-    unseen: ClassVar[Literal["shared", "each"]] = "shared"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Register the subclass; a duplicate or empty name is refused."""
@@ -177,6 +177,15 @@ class Method:
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise SpecError(f"two methods are named {cls.name!r}: {known.__module__} and {cls.__module__}", hint="rename one of them")
         METHODS[cls.name] = cls
+
+    def unseen(self) -> Unseen:
+        """Return which model forecasts a domain that no site has seen.
+
+        ``"shadow"``: the shared weights with the mean of the sites' private ones, where there are any; ``"mixture"``: the sites'
+        models, mixed window by window (:class:`fedcast.models.mixture.DomainMixture`); ``"each"``: each site's model in turn, their
+        scores averaged.
+        """
+        return "shadow"
 
     def shares(self, name: str) -> bool:
         """Return whether the parameter of that name travels; the others never leave their site."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from fedcast.methods.base import Method
+from fedcast.methods.base import Method, Unseen, hyper
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,12 @@ class FedAvgEncoder(Method):
 
     name: ClassVar[str] = "fedavg_encoder"
     summary: ClassVar[str] = "average of encoders; decoder and heads stay at their site"
+
+    serving: Literal["shadow", "mixture"] = hyper("shadow", "unseen domains: mean of the sites' decoders, or their mixture")
+
+    def unseen(self) -> Unseen:
+        """Serve unseen domains as asked for."""
+        return self.serving
 
     def shares(self, name: str) -> bool:
         """Let the encoder travel."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedcast.data.windows import Batch, WindowSampler
-from fedcast.methods.base import Client, Method, Server, Update, hyper
+from fedcast.methods.base import Client, Method, Server, Unseen, Update, hyper
 from fedcast.methods.subdomains import count_labels, make_labeller
 from fedcast.models.base import ModelConfig
 
@@ -58,15 +58,19 @@ class FedTRL(Method):
     alpha: Annotated[float, Field(ge=0)] = hyper(0.1, "weight of the domain-adversarial loss; 0 switches it off")
     beta: Annotated[float, Field(ge=0)] = hyper(0.1, "weight of the prototype alignment; 0 switches it off")
     reversal: Annotated[float, Field(ge=0)] = hyper(1.0, "largest strength of the gradient reversal (lambda_max)")
-    labels: Literal["auto", "dataset", "kmeans", "segment", "random"] = hyper(
-        "auto", "sub-domain labels; auto: dataset, or kmeans for one"
-    )
+    labels: Literal["auto", "dataset", "kmeans", "segment", "random"] = hyper("auto", "sub-domain labels; auto: dataset, or kmeans for one")
     clusters: Annotated[int, Field(ge=2)] = hyper(4, "number of sub-domains for k-means, segment and random labels")
     aggregation: Literal["entropic", "samples", "uniform"] = hyper("entropic", "server weights; samples and uniform are the ablations")
     tau: Annotated[float, Field(gt=0)] | None = hyper(None, "temperature of the weights; absent: the median distance, at least 0.001")
     gamma: Annotated[float, Field(ge=0)] = hyper(0.5, "exponent of the prior: weights start from (training points) ** gamma")
     barycentre: Literal["euclidean", "wasserstein"] = hyper("euclidean", "barycentre of feature means, or of diagonal Gaussians (W2)")
     travels: Literal["encoder", "all"] = hyper("encoder", "what travels; all is an ablation")
+
+    serving: Literal["mixture", "shadow"] = hyper("mixture", "unseen domains: mixture of the sites' decoders, or their mean")
+
+    def unseen(self) -> Unseen:
+        """Serve unseen domains as asked for (not found in the paper's sources; both are reconstructions)."""
+        return "shadow" if self.travels == "all" else self.serving
 
     def shares(self, name: str) -> bool:
         """Let the encoder travel (found: only encoders are aggregated), or everything as an ablation."""

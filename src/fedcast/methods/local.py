@@ -6,23 +6,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from fedcast.methods.base import Method, Server, Update
+from fedcast.methods.base import Method, Server, Unseen, Update, hyper
 
 
 @dataclass(frozen=True)
 class Local(Method):
-    """Nothing travels; an unseen domain is forecast by each site's model in turn and the scores are averaged."""
+    """Nothing travels while training; see ``unseen`` for domains that no site has seen."""
 
     name: ClassVar[str] = "local"
     summary: ClassVar[str] = "every site trains alone; nothing travels"
-    unseen: ClassVar[Literal["shared", "each"]] = "each"
+
+    serving: Literal["each", "mixture"] = hyper("each", "unseen domains: mean score of the sites' models, or their mixture")
+
+    def unseen(self) -> Unseen:
+        """Serve unseen domains as asked for."""
+        return self.serving
 
     def shares(self, name: str) -> bool:
         """Keep everything at its site."""
         return False
 
     def aggregate(self, server: Server, updates: Sequence[Update]) -> None:
-        """Keep the sites' models on the last round, when they are exported to be scored on unseen domains."""
-        for update in updates:
-            if "private" in update.tensors:
-                server.tensors[f"each.{update.site}"] = update.tensors["private"]
+        """Do nothing."""

@@ -17,6 +17,9 @@ from utilsforecast.processing import make_future_dataframe
 from fedcast.data.frames import LongFrame, read_frame
 from fedcast.errors import ModelError, QuantileError
 from fedcast.models.base import QUANTILES, ForecastArrays
+from fedcast.models.files import model_format
+from fedcast.models.mixture import FORMAT as MIXTURE
+from fedcast.models.mixture import DomainMixture
 from fedcast.models.patch import PatchTransformer
 
 Floats = npt.NDArray[np.float64]
@@ -38,7 +41,7 @@ class Forecaster:
     products (about 1e-5 of a series' standard deviation).
     """
 
-    def __init__(self, model: PatchTransformer) -> None:
+    def __init__(self, model: PatchTransformer | DomainMixture) -> None:
         self.model = model.eval()
 
     @classmethod
@@ -52,7 +55,7 @@ class Forecaster:
         """
         folder = Path(path)
         final = folder / "final"
-        return cls(PatchTransformer.from_pretrained(final if final.is_dir() else folder))
+        return cls(load_model(final if final.is_dir() else folder))
 
     def predict(
         self,
@@ -153,7 +156,7 @@ class Forecaster:
         lengths = np.minimum(np.diff(offsets), self.model.config.context)
         order = np.argsort(lengths, kind="stable")
         point, levels = np.empty((count, horizon)), np.empty((count, horizon, len(lower)))
-        device = self.model.decoder.queries.device
+        device = self.model.device
         with torch.inference_mode():
             for start in range(0, count, batch_size):
                 rows = order[start : start + batch_size]
@@ -164,6 +167,18 @@ class Forecaster:
                 if progress is not None:
                     progress(min(start + batch_size, count), count)
         return point, levels
+
+
+def load_model(folder: str | Path) -> PatchTransformer | DomainMixture:
+    """Read a model folder of either kind.
+
+    Raises
+    ------
+    CheckpointError
+        When the folder holds no usable model.
+    """
+    mixture = model_format(Path(folder)) == MIXTURE
+    return DomainMixture.from_pretrained(folder) if mixture else PatchTransformer.from_pretrained(folder)
 
 
 def _gather(values: Floats, offsets: Ints, rows: Ints, length: int) -> Floats:

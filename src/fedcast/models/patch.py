@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Self, cast
+from typing import Literal, NamedTuple, Self, cast
 
-import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fedcast.errors import CheckpointError, ModelError
+from fedcast.errors import ModelError
 from fedcast.models.base import QUANTILES, Forecast, ModelConfig, Output
+from fedcast.models.files import Document, check_tensors, read_config, read_model, write_model
 from fedcast.models.layers import DecoderBlock, EncoderBlock, InstanceNorm, Linear, PatchEmbedding, key_bias, rotary_table
 from fedcast.spec import ModelSpec
 
-_WEIGHTS = "model.safetensors"
-_CONFIG = "config.json"
-_FORMAT = "fedcast.patch_transformer"
+FORMAT = "fedcast.patch_transformer"
 _GAUSSIAN = (-1.2815516, -0.8416212, -0.5244005, -0.2533471, 0.0, 0.2533471, 0.5244005, 0.8416212, 1.2815516)
 
 
-class _Document(BaseModel):
-    """What config.json says."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class _Document(Document):
     format: Literal["fedcast.patch_transformer"]
-    version: Literal[1]
-    weights_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     model: dict[str, int | str]
 
 
@@ -44,6 +31,14 @@ class Tokens(NamedTuple):
     mask: Tensor
     loc: Tensor
     scale: Tensor
+
+
+class Encoded(NamedTuple):
+    """Encoded windows: their patches, the additive attention bias of their keys, and features [B, N, d] in the parameters' type."""
+
+    tokens: Tokens
+    bias: Tensor
+    features: Tensor
 
 
 class Encoder(nn.Module):
@@ -137,6 +132,11 @@ class PatchTransformer(nn.Module):
         return cls(ModelConfig.of(spec), seed)
 
     @property
+    def device(self) -> torch.device:
+        """Where the parameters lie."""
+        return self.decoder.queries.device
+
+    @property
     def dtype(self) -> torch.dtype:
         """Type of the parameters."""
         return self.decoder.queries.dtype
@@ -162,12 +162,19 @@ class PatchTransformer(nn.Module):
             raise ModelError(
                 f"one pass gives 1 to {self.config.horizon} steps, not {horizon}", hint="call the model itself, which rolls longer horizons"
             )
+        return self.decode(self.encode(context, mask), horizon)
+
+    def encode(self, context: Tensor, mask: Tensor) -> Encoded:
+        """Return what a decoder reads; parameters as in :meth:`normalised`."""
         tokens = self._tokens(context, mask)
         bias = key_bias(tokens.mask, self.dtype)
-        features = self._encode(tokens, bias)
+        return Encoded(tokens, bias, self._encode(tokens, bias))
+
+    def decode(self, encoded: Encoded, horizon: int) -> Output:
+        """Forecast from encoded windows, in normalised units; ``horizon`` is from 1 to ``config.horizon``."""
+        tokens, bias, features = encoded
         needed = -(-horizon // self.config.patch)
-        tables = self._decoder_tables(features, needed)
-        decoded = self.decoder(features, bias, needed, tables)
+        decoded = self.decoder(features, bias, needed, self._decoder_tables(features, needed))
         point, quantiles = self.heads(decoded, horizon)
         return Output(point.float(), quantiles.float(), features.float(), tokens.mask, tokens.loc, tokens.scale)
 
@@ -194,19 +201,7 @@ class PatchTransformer(nn.Module):
         Forecast
             Finite; float32, or float64 when the context is float64.
         """
-        if horizon < 1:
-            raise ModelError(f"a horizon of {horizon} steps is none", hint="ask for at least 1 step")
-        points, quantiles = [], []
-        while horizon > 0:
-            steps = min(horizon, self.config.horizon)
-            output = self.normalised(context, mask, steps)
-            points.append(InstanceNorm.inverse(output.point, output.loc, output.scale))
-            quantiles.append(InstanceNorm.inverse(output.quantiles.sort(dim=-1).values, output.loc, output.scale))
-            horizon -= steps
-            if horizon > 0:
-                context = torch.cat((context, points[-1]), dim=1)[:, -self.config.context :]
-                mask = torch.cat((mask, torch.ones_like(points[-1], dtype=torch.bool)), dim=1)[:, -self.config.context :]
-        return Forecast(torch.cat(points, dim=1), torch.cat(quantiles, dim=1))
+        return roll(self.normalised, self.config, context, mask, horizon)
 
     def _tokens(self, context: Tensor, mask: Tensor) -> Tokens:
         if context.dim() != 2 or context.shape != mask.shape:
@@ -246,35 +241,14 @@ class PatchTransformer(nn.Module):
         return cosines[start:stop], sines[start:stop]
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``model.safetensors`` and ``config.json``.
-
-        A new folder appears complete or not at all. In an existing one each file is replaced whole, the weights first; the
-        configuration carries their SHA-256, so a mixture of two models is refused when it is read.
+        """Write ``model.safetensors`` and ``config.json``; see :func:`fedcast.models.files.write_model`.
 
         Parameters
         ----------
         folder
             Where to; made with its parents when it does not exist.
         """
-        target = Path(folder)
-        state = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.state_dict().items()}
-        weights = safetensors.torch.save(state, metadata={"format": "pt"})
-        document = {"format": _FORMAT, "version": 1, "weights_sha256": hashlib.sha256(weights).hexdigest(), "model": self.config.to_dict()}
-        files = {_WEIGHTS: weights, _CONFIG: (json.dumps(document, indent=2) + "\n").encode()}
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.parent / f".{target.name}.{os.getpid()}.aside"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        try:
-            for name, content in files.items():
-                _write(aside / name, content)
-            if target.exists():
-                for name in files:
-                    os.replace(aside / name, target / name)
-            else:
-                os.rename(aside, target)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        write_model(Path(folder), FORMAT, {"model": self.config.to_dict()}, self.state_dict())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
@@ -291,14 +265,29 @@ class PatchTransformer(nn.Module):
             When a file is missing or damaged, an unknown key stands in the configuration, or a tensor is missing, surplus, of
             another shape or not finite.
         """
-        target = Path(folder)
-        config, digest = _read_config(target / _CONFIG)
-        state = _read_weights(target / _WEIGHTS, digest)
+        document, state = read_model(Path(folder), _Document)
         with torch.device("meta"):
-            model = cls(config)
-        _check_tensors(target / _WEIGHTS, model.state_dict(), state)
+            model = cls(read_config(Path(folder), document.model))
+        check_tensors(Path(folder), model.state_dict(), state)
         model.load_state_dict(state, assign=True)
         return model.requires_grad_(True)
+
+
+def roll(one_pass: Callable[[Tensor, Tensor, int], Output], config: ModelConfig, context: Tensor, mask: Tensor, horizon: int) -> Forecast:
+    """Forecast any horizon with a model that forecasts ``config.horizon`` steps a pass; see :meth:`PatchTransformer.forward`."""
+    if horizon < 1:
+        raise ModelError(f"a horizon of {horizon} steps is none", hint="ask for at least 1 step")
+    points, quantiles = [], []
+    while horizon > 0:
+        steps = min(horizon, config.horizon)
+        output = one_pass(context, mask, steps)
+        points.append(InstanceNorm.inverse(output.point, output.loc, output.scale))
+        quantiles.append(InstanceNorm.inverse(output.quantiles.sort(dim=-1).values, output.loc, output.scale))
+        horizon -= steps
+        if horizon > 0:
+            context = torch.cat((context, points[-1]), dim=1)[:, -config.context :]
+            mask = torch.cat((mask, torch.ones_like(points[-1], dtype=torch.bool)), dim=1)[:, -config.context :]
+    return Forecast(torch.cat(points, dim=1), torch.cat(quantiles, dim=1))
 
 
 def _initialise(model: PatchTransformer, seed: int) -> None:
@@ -323,68 +312,3 @@ def _initialise(model: PatchTransformer, seed: int) -> None:
                 parameter.normal_(0.0, spread, generator=generator)
         # an untrained model says "Gaussian around the context's mean"
         model.heads.quantiles.bias.copy_(torch.tensor(_GAUSSIAN).repeat(model.config.patch))
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        reason = "does not exist" if isinstance(error, FileNotFoundError | NotADirectoryError) else f"cannot be read: {error.strerror}"
-        raise CheckpointError(f"{path} {reason}", hint="give the folder that save_pretrained wrote, or a run folder with final/") from error
-
-
-def _read_config(path: Path) -> tuple[ModelConfig, str]:
-    content = _read_bytes(path)
-    hint = "copy the model folder again, or save the model again with this version of fedcast"
-    try:
-        document = _Document.model_validate(json.loads(content))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "its root"
-        raise CheckpointError(f"{path} is refused at {where}: {first['msg']}", hint=hint) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: it is not JSON", hint=hint) from error
-    try:
-        return ModelConfig.from_dict(document.model), document.weights_sha256
-    except ModelError as error:
-        raise CheckpointError(f"{path}: {error.message}", hint=hint) from error
-
-
-def _read_weights(path: Path, digest: str) -> dict[str, Tensor]:
-    content = _read_bytes(path)
-    hint = "copy the model folder again; the two files belong together"
-    if hashlib.sha256(content).hexdigest() != digest:
-        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in {_CONFIG}", hint=hint)
-    try:
-        # a copy lies where torch lays its own tensors: products can round differently at another alignment
-        return {name: tensor.clone() for name, tensor in safetensors.torch.load(content).items()}
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}", hint=hint) from error
-
-
-def _check_tensors(path: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    hint = f"use the {_CONFIG} that was saved beside these weights"
-    missing, surplus = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing or surplus:
-        parts = [
-            f"{word} {len(names)} tensors, first {names[0]!r}"
-            for word, names in (("lacks", missing), ("has a surplus of", surplus))
-            if names
-        ]
-        raise CheckpointError(f"{path} {' and '.join(parts)}", hint=hint)
-    for name, tensor in found.items():
-        if tensor.shape != expected[name].shape:
-            raise CheckpointError(f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}", hint=hint)
-        if not tensor.dtype.is_floating_point or not bool(tensor.isfinite().all()):
-            raise CheckpointError(
-                f"{path}: tensor {name!r} holds values that are not finite numbers", hint="go back to an earlier checkpoint"
-            )
-    if len({tensor.dtype for tensor in found.values()}) != 1:
-        raise CheckpointError(f"{path} mixes tensor types", hint="save the model again with all parameters of one type")

@@ -45,9 +45,7 @@ def compare(runs: Sequence[str | Path]) -> pd.DataFrame:
     rows = pd.concat(frames, ignore_index=True)
     for column in ("data_fingerprint", "horizon", "context"):
         if rows[column].nunique() > 1:
-            raise RunError(
-                f"the runs differ in {column}", hint="compare runs over the same data and horizon"
-            )
+            raise RunError(f"the runs differ in {column}", hint="compare runs over the same data and horizon")
     trained = rows["model"] == rows["method"]
     settings = rows[trained].groupby("model")["options"].nunique()
     ambiguous = trained & rows["model"].isin(settings[settings > 1].index)

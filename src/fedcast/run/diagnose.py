@@ -6,7 +6,8 @@ import torch
 
 from fedcast.data.splits import split_by_time
 from fedcast.data.windows import WindowSampler
-from fedcast.models.patch import PatchTransformer
+from fedcast.models.forecaster import load_model
+from fedcast.models.mixture import DomainMixture
 from fedcast.run.folder import RunFolder
 from fedcast.run.prepare import load_training
 from fedcast.tasks.forecast import ForecastTask
@@ -18,17 +19,18 @@ def gradient_conflict(folder: RunFolder) -> tuple[float, float]:
     """Return the share of negative pairwise cosines between domains' encoder gradients, and their mean cosine.
 
     The gradients are those of the task's loss at the final model, on the same 64 validation windows a domain for every run
-    (fedtrl.md A7, motivation figure).
+    (fedtrl.md A7, motivation figure). Where decoders are personal, each domain's gradient is taken through its own.
     """
     spec = folder.spec()
-    model = PatchTransformer.from_pretrained(folder.final)
+    final = load_model(folder.final)
     task = ForecastTask()
     gradients = []
-    for _, store in sorted(load_training(spec.data).items()):
+    for name, store in sorted(load_training(spec.data).items()):
         splits = split_by_time(store, horizon=spec.model.horizon, validation=spec.data.validation, test=spec.data.test)
         sampler = WindowSampler(store, splits, context=spec.model.context, horizon=spec.model.horizon)
         batch = sampler.gather(sampler.evaluation("validation", _PROBES))
-        encoder = [parameter for name, parameter in model.named_parameters() if name.startswith("encoder.")]
+        model = final.expert(name) if isinstance(final, DomainMixture) else final
+        encoder = [parameter for key, parameter in model.named_parameters() if key.startswith("encoder.")]
         loss = task.loss(model.normalised(batch.context, batch.mask, spec.model.horizon), batch)
         pieces = torch.autograd.grad(loss, encoder)
         gradients.append(torch.cat([piece.reshape(-1) for piece in pieces]))

@@ -18,7 +18,7 @@ from fedcast.federated.checkpoint import Checkpoints, Progress, digest
 from fedcast.federated.messages import Reply
 from fedcast.federated.rounds import Observer, RoundLoop, Silent
 from fedcast.federated.site import SiteRole
-from fedcast.federated.workspace import model_layout
+from fedcast.federated.workspace import build_mixture, model_layout
 from fedcast.methods.base import Method, Server, build_method, empty
 from fedcast.models.base import ModelConfig
 from fedcast.models.patch import PatchTransformer
@@ -150,7 +150,7 @@ class _Pretraining:
                 server=self._server,
                 checkpoints=checkpoints,
                 log=self._folder.append,
-                keep_best=lambda server: self._save_model(server.private, self._folder.best),
+                keep_best=lambda _: self._save_unseen(self._folder.best),
                 observer=self._observer,
             )
             progress = loop.run(progress)
@@ -162,19 +162,14 @@ class _Pretraining:
     def _finish(self, loop: RoundLoop, progress: Progress) -> None:
         """Score the final model, save it, and write the results."""
         self._observer.phase("test", self._server.round)
-        each = {n.removeprefix("each."): t for n, t in sorted(self._server.tensors.items()) if n.startswith("each.")}
-        if each:
-            for site, private in each.items():
-                self._save_model(private, self._folder.final / site)
-        else:
-            self._save_model(self._server.private, self._folder.final)
+        self._save_unseen(self._folder.final)
         roles = self._prepared.roles
         seen = [name for name, role in sorted(roles.items()) if role.evaluates and not role.held_out]
         unseen = [name for name, role in sorted(roles.items()) if role.held_out]
         personal = self._server.layout.private_size > 0
         answers = loop.evaluate(seen, {"part": "test", "baselines": True, "personal": personal})
-        if each:
-            answers |= self._average(loop, unseen, list(each.values()))
+        if self._method.unseen() == "each":
+            answers |= self._average(loop, unseen, [model for _, model in sorted(self._server.experts.items())])
         else:
             answers |= loop.evaluate(unseen, {"part": "test", "baselines": True})
         rows, samples = [], []
@@ -226,6 +221,17 @@ class _Pretraining:
             "bytes_total": progress.bytes_up + progress.bytes_down,
         }
         return [{**shared, "model": model, **{k: _number(v) for k, v in scores.items()}} for model, scores in scored.items()]
+
+    def _save_unseen(self, folder: Path) -> None:
+        """Write the model that serves domains no site has seen; one model a site where the method has no such model."""
+        server, unseen = self._server, self._method.unseen()
+        if unseen == "mixture":
+            build_mixture(ModelConfig.of(self._spec.model), server.layout, server.shared, server.experts).save_pretrained(folder)
+        elif unseen == "each":
+            for site, private in server.experts.items():
+                self._save_model(private, folder / site)
+        else:
+            self._save_model(server.private, folder)
 
     def _save_model(self, private: Tensor, folder: Path) -> None:
         """Write shared and private weights as a model that ``Forecaster.from_pretrained`` loads."""

@@ -1,0 +1,62 @@
+# fedcast: what a person runs. `make demo` and `make test` set up everything they need in .venv.
+
+PYTHON ?= python3
+RUNS ?= runs
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+READY := .venv/.ready
+READY_DEV := .venv/.ready-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help demo short-demo test test-slow lint format docs-check evidence bench clean
+
+help: ## Show the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: $(READY) ## Train on the bundled domains, print the table, write report.html (about 5 minutes on 2 cores)
+	$(BIN)/fedcast pretrain examples/demo.toml -o $(RUNS)/demo
+
+short-demo: $(READY) ## The same in a short form, as a check
+	$(BIN)/fedcast pretrain examples/short-demo.toml -o $(RUNS)/short-demo
+
+test: $(READY_DEV) ## Run the tests but the slow ones
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: $(READY_DEV) ## Run the slow tests
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(READY_DEV) ## Style, types and the rules of the house
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict src
+	$(BIN)/python tools/house_rules.py
+
+format: $(READY_DEV) ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs-check: $(READY_DEV) ## Run every command of README and docs, and check their links
+	$(BIN)/python -m pytest -q tests/cli/test_docs.py
+
+evidence: $(READY) ## Measure whether federating helps, over domains, methods and seeds (hours)
+	$(BIN)/python benchmarks/evidence.py
+
+bench: $(READY) ## Measure the overhead of a round
+	$(BIN)/python benchmarks/round_overhead.py
+
+clean: ## Remove the virtual environment and the caches; runs stay
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+
+# torch is installed by itself, first, so that nothing else can bring another build of it along.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "fedcast needs Python 3.11 or newer: make demo PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }
+	@echo "installing torch and the other libraries into .venv, once"
+	@$(PIP) install -qq -c constraints.txt torch
+	@$(PIP) install -qq -c constraints.txt -e .
+	@touch $@
+
+$(READY_DEV): $(READY)
+	@echo "installing the tools for tests and lint into .venv, once"
+	@$(PIP) install -qq -c constraints.txt -e '.[dev]'
+	@touch $@
