@@ -1,8 +1,8 @@
 """How much of a round is not forward, backward or optimiser.
 
-The floor of a round is the busiest worker's time inside those three; everything else (choosing sites, drawing windows, copying weights, writing
-state and checkpoints, screening, averaging, waiting for the last worker) is overhead. Goal: at most 3 % of a round.
-Validation is timed apart: it is forward passes too, and how often it runs is the user's choice.
+The floor of a round is the busiest worker's time inside those three (with the method's terms, such as FedTRL's labels); everything else
+(choosing sites, drawing windows, copying weights, writing state and checkpoints, screening, averaging, waiting for the last worker) is
+overhead. Goal: at most 3 % of a round. Validation is timed apart: it is forward passes too, and how often it runs is the user's choice.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--size", default="nano")
     arguments = parser.parse_args()
-    print(f"{len(DOMAINS)} sites, {arguments.steps} steps of batch 32, size {arguments.size}, {torch.cpu.get_capabilities().get('cpu_name')}")
+    print(
+        f"{len(DOMAINS)} sites, {arguments.steps} steps of batch 32, size {arguments.size}, {torch.cpu.get_capabilities().get('cpu_name')}"
+    )
     print("| method | workers | seconds a round | overhead, seconds | overhead, share | of it the checkpoint, seconds |")
     print("|---|---|---|---|---|---|")
     for method in ("fedavg", "fedtrl"):

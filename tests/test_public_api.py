@@ -52,6 +52,11 @@ def test_when_fedcast_is_imported_then_no_heavy_library_is() -> None:
     assert set(json.loads(done.stdout)).isdisjoint(HEAVY)
 
 
+def test_when_forecasting_is_imported_then_the_baselines_library_is_not() -> None:
+    code = "import sys, fedcast.models.forecaster; sys.exit(len({'statsforecast', 'plotly', 'scipy.stats'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def _git(folder: Path, *words: str) -> str:
     identity = ("-c", "user.name=t", "-c", "user.email=t@example.org")
     return subprocess.run(["git", "-C", str(folder), *identity, *words], capture_output=True, text=True, check=True).stdout.strip()

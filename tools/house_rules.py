@@ -203,11 +203,11 @@ def floors(sources: Iterable[Source]) -> Iterator[Finding]:
             yield source.finding(1, "floors", f"{here} has no floor: give it one in tools/house_rules.py")
             continue
         for line, target in _own_imports(source):
-            if target == here or FLOORS[here] > FLOORS.get(target, 0):
-                continue
-            if target not in FLOORS or FLOORS[target] > FLOORS[here]:
-                yield source.finding(line, "floors", f"{here} (floor {FLOORS[here]}) imports {target} (floor {FLOORS.get(target, '?')})")
-            else:
+            if target not in FLOORS:
+                yield source.finding(line, "floors", f"{here} imports {target}, which has no floor")
+            elif FLOORS[target] > FLOORS[here]:
+                yield source.finding(line, "floors", f"{here} (floor {FLOORS[here]}) imports {target} (floor {FLOORS[target]})")
+            elif FLOORS[target] == FLOORS[here] and target != here:
                 sideways.setdefault((here, target), source.finding(line, "floors", f"{here} and {target} import each other"))
     for (here, target), finding in sideways.items():
         if (target, here) in sideways:

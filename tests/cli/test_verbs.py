@@ -10,6 +10,8 @@ import pytest
 
 from fedcast.cli.predict import parse_levels
 from fedcast.cli.starter import fit_lengths
+from fedcast.cli.train import check_run_folder
+from fedcast.data.catalogue import DEFAULT_HELD_OUT
 from fedcast.errors import QuantileError
 from fedcast.methods.base import method_names
 from fedcast.spec import load_spec
@@ -74,7 +76,8 @@ def test_when_a_spec_is_started_from_own_data_then_it_is_valid_and_fits(fedcast:
 
 def test_when_a_spec_is_started_without_data_then_it_is_valid(fedcast: Call, tmp_path: Path) -> None:
     assert fedcast("init", tmp_path / "a.toml").code == 0
-    assert load_spec(tmp_path / "a.toml").data.source == "bundled"
+    data = load_spec(tmp_path / "a.toml").data
+    assert (data.source, data.domains, data.held_out) == ("bundled", (), DEFAULT_HELD_OUT["bundled"])
 
 
 def test_when_the_spec_is_there_already_then_it_is_kept_unless_forced(fedcast: Call, tmp_path: Path) -> None:
@@ -139,11 +142,44 @@ def test_when_a_model_is_trained_then_it_forecasts_evaluates_compares_and_report
     assert fedcast("evaluate", *model, "--data", own_data, *COLUMNS, "--windows", "4", "-o", tmp_path / "scores.csv").code == 0
     assert set(pd.read_csv(tmp_path / "scores.csv")["domain"]) == {"north", "south", "west"}
 
+    table = fedcast("evaluate", "--model", run_folder, "--data", data, *COLUMNS, "--windows", "4", "--horizon", "7")
+    assert (table.code, table.err) == (0, "")
+    assert "north" in table.out
+    assert "held-out" not in table.out
+
     compared = fedcast("compare", run_folder, "--json")
     assert {row["domain"] for row in compared.json()} == {"north", "south", "west"}
     assert fedcast("compare", run_folder).code == 0
     assert fedcast("report", run_folder, "-o", tmp_path / "page.html").out == f"wrote {tmp_path / 'page.html'}\n"
     assert (tmp_path / "page.html").stat().st_size > 10_000
+    answer = fedcast("report", run_folder, "-o", own_data)
+    assert (answer.code, answer.err.splitlines()[1]) == (22, "hint: choose another file with -o")
+
+
+def test_when_each_site_keeps_a_model_then_the_run_folder_says_which_there_are(fedcast: Call, own_data: Path, tmp_path: Path) -> None:
+    fedcast("init", tmp_path / "a.toml", "--data", own_data, *COLUMNS)
+    assert fedcast("pretrain", tmp_path / "a.toml", "-o", tmp_path / "run", *SMALL, "--method.name", "local").code == 0
+    words = ("--data", own_data / "north.csv", *COLUMNS, "--horizon", "3")
+    answer = fedcast("forecast", "--model", tmp_path / "run", *words)
+    assert answer.code == 31
+    assert "one model a site: north, south, west" in answer.err
+    assert fedcast("forecast", "--model", tmp_path / "run" / "final" / "north", *words).code == 0
+
+
+def test_when_the_output_is_no_run_folder_then_training_is_refused(fedcast: Call, own_data: Path, tmp_path: Path) -> None:
+    fedcast("init", tmp_path / "a.toml", "--data", own_data, *COLUMNS)
+    for place, words in ((own_data, "holds north.csv"), (tmp_path / "a.toml", "is a file")):
+        answer = fedcast("pretrain", tmp_path / "a.toml", "-o", place, *SMALL)
+        assert answer.code == 50
+        assert words in answer.err
+    assert sorted(file.name for file in own_data.iterdir()) == ["north.csv", "south.csv", "west.csv"]
+
+
+def test_when_a_run_was_stopped_before_its_first_round_then_its_folder_is_taken(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    (tmp_path / "spec.toml").touch()
+    check_run_folder(tmp_path)
+    check_run_folder(tmp_path / "new")
 
 
 def test_when_training_is_asked_for_json_then_stdout_is_json(fedcast: Call, own_data: Path, tmp_path: Path) -> None:
@@ -173,6 +209,8 @@ def test_when_a_model_is_not_there_then_that_is_said(fedcast: Call, own_data: Pa
     answer = fedcast("forecast", "--model", tmp_path / "nowhere", "--data", own_data / "north.csv", *COLUMNS, "--horizon", "3")
     assert answer.code == 31
     assert "nowhere" in answer.err
+    answer = fedcast("forecast", "--model", "nowhere", "--data", "nowhere", "--horizon", "3", "--plot", tmp_path / "f.pdf")
+    assert (answer.code, answer.err.splitlines()[1]) == (22, "hint: use .html")
 
 
 @pytest.mark.parametrize("words", [("compare", "nowhere"), ("evaluate", "--model", "nowhere", "--data", "bundled")])

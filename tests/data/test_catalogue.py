@@ -15,14 +15,13 @@ from fedcast.data.catalogue import (
     DEFAULT_HELD_OUT,
     cache_folder,
     catalogue_frames,
-    default_split,
     domain_names,
     load_catalogue,
     load_domains,
     split_domains,
 )
 from fedcast.data.sources import CLEAN_LICENCES, DATASETS, NOT_SHIPPED
-from fedcast.errors import SourceError, SpecError, UnknownNameError
+from fedcast.errors import FrameError, SourceError, SpecError, UnknownNameError
 from fedcast.spec import DataSpec
 
 needs_data = pytest.mark.skipif(not os.environ.get("FEDCAST_DATA"), reason="FEDCAST_DATA is not set: no raw recordings")
@@ -49,12 +48,11 @@ def _write_telemetry(root: Path, shift: float) -> None:
 
 
 @pytest.mark.parametrize("source", ["bundled", "catalogue"])
-def test_when_a_source_is_split_by_default_then_training_and_held_out_are_disjoint_and_cover_it(source: str) -> None:
-    training, held_out = default_split(source)
+def test_when_domains_are_held_out_by_default_then_they_are_known_and_ten_are_left_to_train_on(source: str) -> None:
+    training, held_out = split_domains(DataSpec(source=source, held_out=DEFAULT_HELD_OUT[source]))
     assert sorted(training + held_out) == domain_names(source)
     assert len(training) >= 10
     assert len(held_out) >= 4
-    assert held_out == list(DEFAULT_HELD_OUT[source])
 
 
 def test_when_names_are_given_then_only_those_are_loaded_in_that_order() -> None:
@@ -117,7 +115,13 @@ def test_when_the_source_is_a_folder_then_files_and_sub_folders_are_domains(fold
     assert sorted(stores) == domain_names(str(folder)) == ["shop", "ward"]
     assert stores["ward"].dataset_names == ["north", "south"]
     assert np.array_equal(stores["shop"].series(0), np.arange(40, dtype=np.float32))
-    assert default_split(str(folder)) == (["shop", "ward"], [])
+
+
+def test_when_a_domain_is_not_wanted_then_its_files_are_not_read(folder: Path) -> None:
+    (folder / "broken.csv").write_text("no,table\n", encoding="utf-8")
+    assert list(load_domains(DataSpec(source=str(folder)), ["ward"])) == ["ward"]
+    with pytest.raises(FrameError, match="broken"):
+        load_domains(DataSpec(source=str(folder)))
 
 
 def test_when_a_folder_lacks_the_domain_then_its_own_domains_are_suggested(folder: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedcast.data.frames import Columns, domain_files, read_domains, read_frame
+from fedcast.data.frames import Columns, domain_files, examine, read_frame
 from fedcast.errors import FrameError, SourceError
 
 FREQS = [
@@ -242,27 +242,35 @@ def test_when_a_folder_is_read_then_files_and_sub_folders_are_domains(tmp_path: 
     for name in ("README.md", ".hidden.csv", "shops/notes.txt", "LICENSE"):
         (tmp_path / name).write_text("not data")
 
-    domains = read_domains(tmp_path)
+    domains = domain_files(tmp_path)
 
     assert {domain: list(datasets) for domain, datasets in domains.items()} == {"power.v2": ["power.v2"], "shops": ["north", "south"]}
-    pd.testing.assert_frame_equal(domains["shops"]["south"].frame, frame)
-    assert domain_files(tmp_path)["shops"]["south"] == tmp_path / "shops" / "south.csv.xz"
+    assert domains["shops"]["south"] == tmp_path / "shops" / "south.csv.xz"
+    pd.testing.assert_frame_equal(read_frame(domains["shops"]["south"]).frame, frame)
 
 
-def test_when_a_file_of_a_folder_is_malformed_then_it_is_named(tmp_path: Path) -> None:
-    (tmp_path / "good.csv").write_text("ds,y\n2024-01-01,1\n2024-01-02,2\n")
+def test_when_a_file_is_malformed_then_it_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.csv").write_text("ds,y\n2024-01-01,1\n2024-01-02,inf\n")
 
     with pytest.raises(FrameError, match=r"bad\.csv"):
-        read_domains(tmp_path)
+        read_frame(tmp_path / "bad.csv")
 
 
 def test_when_a_folder_holds_nothing_or_one_name_twice_then_it_says_so(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="holds no"):
-        read_domains(tmp_path)
-    with pytest.raises(SourceError, match="not a folder"):
-        read_domains(tmp_path / "absent")
+        domain_files(tmp_path)
+    with pytest.raises(SourceError, match="does not exist"):
+        domain_files(tmp_path / "absent")
     for name in ("a.csv", "a.tsv"):
         (tmp_path / name).write_text("ds,y\n2024-01-01,1\n2024-01-02,2\n")
     with pytest.raises(SourceError, match="second time"):
-        read_domains(tmp_path)
+        domain_files(tmp_path)
+
+
+def test_when_times_repeat_beside_a_column_of_text_then_one_problem_asks_which_columns_they_are() -> None:
+    days = pd.date_range("2024-01-01", periods=5)
+    frame = pd.DataFrame({"date": [*days, *days], "shop": ["a"] * 5 + ["b"] * 5, "sales": np.arange(10.0)})
+    (problem,) = examine(frame)[1]
+    assert (problem.kind, problem.column) == ("missing-columns", "shop")
+    assert "id='shop', target='sales'" in problem.repair
+    assert examine(frame, id="shop", target="sales")[1] == []

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from fedcast.errors import RunError
-from fedcast.evaluate.statistics import geometric_mean, paired_difference, relative, score_table, win_counts
+from fedcast.evaluate.statistics import geometric_mean, paired_difference, relative
 
 
 def _rows(model: str, values: dict[tuple[int, str], float], metric: str = "mse") -> pd.DataFrame:
@@ -55,7 +55,6 @@ def test_when_the_reference_comes_from_two_runs_then_it_counts_once() -> None:
 def test_when_the_reference_has_no_row_then_everything_is_nan() -> None:
     rows = _rows("fedavg", {(0, "a"): 1.0, (1, "b"): 2.0})
     assert relative(rows, metrics=["mse"])["mse"].isna().all()
-    assert score_table(rows, reference="seasonal_naive").isna().all(axis=None)
     made = paired_difference(rows, rows[rows["model"] == "nobody"])
     assert (made.pairs, made.missing) == (0, 2)
     assert np.isnan(made.mean)
@@ -133,48 +132,3 @@ def test_when_nothing_is_shared_then_everything_is_nan() -> None:
     made = paired_difference(_rows("a", {(0, "x"): 1.0}), _rows("b", {(1, "y"): 2.0}))
     assert np.isnan([made.mean, made.low, made.high]).all()
     assert (made.pairs, made.missing) == (0, 2)
-
-
-def test_when_a_table_is_built_then_models_keep_their_order_and_domains_are_columns() -> None:
-    rows = pd.concat(
-        [
-            _rows("fedtrl", {(0, "b"): 1.0, (1, "b"): 3.0, (0, "a"): 4.0, (1, "a"): 4.0}),
-            _rows("seasonal_naive", {(0, "b"): 4.0, (0, "a"): 4.0}),
-        ],
-        ignore_index=True,
-    )
-    made = score_table(rows)
-    assert list(made.index) == ["fedtrl", "seasonal_naive"]
-    assert list(made.columns) == ["a", "b", "mean"]
-    np.testing.assert_allclose(made.to_numpy(), [[4, 2, 3], [4, 4, 4]])
-    ratios = score_table(rows, reference="seasonal_naive")
-    np.testing.assert_allclose(ratios.loc["fedtrl"], [1, np.sqrt(0.25 * 0.75), np.sqrt(np.sqrt(0.25 * 0.75))])
-    np.testing.assert_allclose(ratios.loc["seasonal_naive"], 1)
-
-
-def test_when_scores_are_nan_then_no_model_gains_from_its_gaps() -> None:
-    rows = pd.concat(
-        [
-            _rows("good", {(0, "a"): 1.0, (0, "b"): 5.0, (0, "c"): np.nan}),
-            _rows("broken", {(0, "a"): 0.5, (0, "b"): np.nan, (0, "c"): np.nan}),
-        ],
-        ignore_index=True,
-    )
-    made = score_table(rows)
-    assert made.loc["good", "mean"] == pytest.approx(3.0)
-    assert made["mean"].isna().tolist() == [False, True]
-    assert made["c"].isna().all()
-
-
-def test_when_wins_are_counted_then_pairs_and_domains_are_apart() -> None:
-    rows = pd.concat(
-        [
-            _rows("a", {(0, "x"): 1.0, (1, "x"): 9.0, (0, "y"): 1.0, (1, "y"): np.nan}),
-            _rows("b", {(0, "x"): 2.0, (1, "x"): 3.0, (0, "y"): 1.0, (1, "y"): 2.0}),
-        ],
-        ignore_index=True,
-    )
-    made = win_counts(rows)
-    assert made.index.tolist() == ["a", "b"]
-    assert made["pairs"].tolist() == [2, 3]
-    assert made["domains"].tolist() == [1, 1]

@@ -71,7 +71,13 @@ def test_when_a_frame_is_sound_then_one_line_says_so() -> None:
 def test_when_methods_are_listed_then_each_parameter_has_its_default() -> None:
     text = text_of(
         methods_table(
-            [{"name": "fedtrl", "summary": "Aligned domains.", "parameters": [("tau", "float | None", None, "temperature [auto]")]}]
+            [
+                {
+                    "name": "fedtrl",
+                    "summary": "Aligned domains.",
+                    "parameters": [{"name": "tau", "type": "float | None", "default": None, "description": "temperature [auto]"}],
+                }
+            ]
         )
     )
     for part in ("fedtrl", "Aligned domains.", "tau = None  (float | None)  temperature [auto]"):

@@ -12,5 +12,7 @@ TimeColumn = Annotated[str | None, typer.Option("--time", help="Name of the time
 IdColumn = Annotated[str | None, typer.Option("--id", help="Name of the series column", metavar="COLUMN")]
 TargetColumn = Annotated[str | None, typer.Option("--target", help="Name of the target column", metavar="COLUMN")]
 Freq = Annotated[str | None, typer.Option("--freq", help="Pandas frequency such as h or 15min; inferred when absent", metavar="FREQ")]
-Model = Annotated[Path, typer.Option("--model", "-m", help="Folder of a model such as runs/demo/best, or of a run", metavar="DIR")]
+Model = Annotated[
+    Path, typer.Option("--model", "-m", help="A run folder (its final model), or a model folder such as runs/demo/best", metavar="DIR")
+]
 Metric = Annotated[str, typer.Option("--metric", help="Score to show: mse, mae, mase, smape, wql or coverage80", metavar="NAME")]

@@ -107,16 +107,24 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
 
 
-def check_ending(path: Path | None) -> None:
+def check_ending(path: Path | None, *endings: str) -> None:
     """Refuse an output file whose ending names no format, before any work is done.
+
+    Parameters
+    ----------
+    path
+        The file to be written, if any.
+    endings
+        Endings that are known; ``.parquet`` and ``.csv`` when none is named.
 
     Raises
     ------
     SourceError
-        When the ending is neither .parquet nor .csv.
+        When the ending is another one.
     """
-    if path is not None and path.suffix not in {".parquet", ".csv"}:
-        raise SourceError(f"cannot write {path}: the ending {path.suffix!r} is not known", hint="use .parquet or .csv")
+    known = endings or (".parquet", ".csv")
+    if path is not None and path.suffix not in known:
+        raise SourceError(f"cannot write {path}: the ending {path.suffix!r} is not known", hint=f"use {' or '.join(known)}")
 
 
 def save_frame(frame: pd.DataFrame, path: Path) -> None:

@@ -43,7 +43,8 @@ def write_plot(history: LongFrame, forecast: pd.DataFrame, levels: Sequence[floa
     names = every[:SERIES_SHOWN]
     titles = [html.escape(str(name)) for name in names]
     figure = make_subplots(rows=len(names), cols=1, subplot_titles=titles, vertical_spacing=0.32 / len(names))
-    pasts = dict(tuple(history.frame.groupby("unique_id", sort=False)))
+    shown = history.frame[history.frame["unique_id"].isin([str(name) for name in names])]
+    pasts = dict(tuple(shown.groupby("unique_id", sort=False)))
     for row, name in enumerate(names, 1):
         future = forecast[forecast[history.columns.id] == name]
         past = pasts[str(name)].tail(HISTORY_OVER_HORIZON * len(future))

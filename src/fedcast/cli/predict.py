@@ -34,6 +34,7 @@ def forecast(
     """Forecast every series of a file; CSV on stdout unless -o names a file."""
     levels = parse_levels(quantiles)
     check_ending(output)
+    check_ending(plot, ".html")
     from fedcast.data.frames import read_frame
     from fedcast.models.forecaster import Forecaster
 
@@ -123,4 +124,4 @@ def evaluate(
     if json:
         emit(records(rows))
     else:
-        print_results(rows, metric)
+        print_results(rows.drop(columns="held_out", errors="ignore"), metric)  # a model folder does not say what it was trained on

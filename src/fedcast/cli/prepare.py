@@ -102,9 +102,7 @@ def methods(
     if json:
         emit(described)
     else:
-        columns = ("name", "type", "default", "description")
-        rows = [{**method, "parameters": [tuple(row[key] for key in columns) for row in method["parameters"]]} for method in described]
-        console().print(methods_table(rows))
+        console().print(methods_table(described))
 
 
 def version(json: Json = False) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fedcast.cli.flags import spec_keys, toml_value
-from fedcast.data.catalogue import load_domains
+from fedcast.data.catalogue import DEFAULT_HELD_OUT, load_domains
 from fedcast.spec import DataSpec, ModelSpec
 
 _SHOWN = (
@@ -29,6 +29,7 @@ _SHOWN = (
     "federation.rounds",
     "federation.local_steps",
     "evaluation.baselines",
+    "evaluation.samples",
 )
 
 
@@ -76,7 +77,7 @@ def starter(name: str, folder: Path | None, columns: Mapping[str, str | None]) -
     name
         Name of the run.
     folder
-        Folder of the person's data, or ``None`` for the bundled data.
+        Folder of the person's data, or ``None`` for the bundled data, whose default held-out domains are filled in.
     columns
         ``time``, ``id``, ``target`` and ``freq`` as the person gave them.
 
@@ -85,13 +86,16 @@ def starter(name: str, folder: Path | None, columns: Mapping[str, str | None]) -
     SourceError, FrameError
         When the folder cannot be read.
     """
+    source = "bundled" if folder is None else str(folder)
     values: dict[str, object] = {f"data.{key}": value for key, value in columns.items()}
-    if folder is not None:
-        data = DataSpec.model_validate({"source": str(folder), **columns})
+    if source in DEFAULT_HELD_OUT:
+        values |= {"data.source": source, "data.held_out": list(DEFAULT_HELD_OUT[source])}
+    else:
+        data = DataSpec.model_validate({"source": source, **columns})
         stores = load_domains(data)
         lengths = fit_lengths(min(int(np.median(store.lengths)) for store in stores.values()))
         values |= {
-            "data.source": str(folder),
+            "data.source": source,
             "data.domains": list(stores),
             "model.context": lengths.context,
             "model.horizon": lengths.horizon,

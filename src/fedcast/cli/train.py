@@ -9,6 +9,10 @@ import typer
 
 from fedcast.cli.options import Json
 from fedcast.cli.output import emit, print_results, records
+from fedcast.errors import RunError
+
+# What a run that was stopped before its first round leaves behind.
+_BEGUN = {".lock", "spec.toml", "spec.toml.aside", "run.json.aside"}
 
 
 def pretrain(
@@ -28,6 +32,7 @@ def pretrain(
     from fedcast.spec import load_spec
 
     described = load_spec(spec, set or ())  # before torch is imported, so that a wrong key is named at once
+    check_run_folder(output or Path("runs") / described.name)
     from fedcast.report.console import ProgressObserver
     from fedcast.report.page import write_report
     from fedcast.run.pretrain import pretrain as train
@@ -39,5 +44,23 @@ def pretrain(
         emit({"run": run.folder, "final": run.final, "best": run.best, "report": page, "results": records(results)})
         return
     print_results(results)
-    for label, path in (("model", run.best), ("report", page)):
+    for label, path in (("model", run.final), ("report", page)):
         typer.echo(f"{label:7} {path}")
+
+
+def check_run_folder(folder: Path) -> None:
+    """Refuse to train into a place that holds something else than a run.
+
+    Raises
+    ------
+    RunError
+        When it is a file, or a folder with files of another kind.
+    """
+    hint = "choose another --output, such as a folder that does not exist yet"
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file, not a run folder", hint=hint)
+    if not folder.is_dir() or (folder / "run.json").is_file():
+        return
+    foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in _BEGUN)
+    if foreign:
+        raise RunError(f"{folder} is not empty and no run folder: it holds {foreign[0]}", hint=hint)

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from fedcast.data.frames import Columns, LongFrame, domain_files, read_domains
+from fedcast.data.frames import Columns, LongFrame, domain_files, read_frame
 from fedcast.data.store import SeriesStore
 from fedcast.errors import SourceError, SpecError, UnknownNameError
 
@@ -52,26 +52,18 @@ def domain_names(source: str | Path) -> list[str]:
     Parameters
     ----------
     source
-        ``"bundled"``, ``"catalogue"`` or a folder. The catalogue's names are known without its raw files; a folder is read.
+        ``"bundled"``, ``"catalogue"`` or a folder, whose file names say it all: neither raw files nor a person's own are read.
 
     Raises
     ------
     SourceError
-        When the folder cannot be read.
-    FrameError
-        When a file of the folder is malformed.
+        When the folder is missing or holds no data.
     """
     if source == "bundled":
         return sorted(bundled_card()["domains"])
     if source == "catalogue":
         return sorted(_catalogue())
     return sorted(domain_files(source))
-
-
-def default_split(source: str | Path) -> tuple[list[str], list[str]]:
-    """Return a source's (training, held-out) domains by default; a person's folder holds none out."""
-    held_out = [] if isinstance(source, Path) else list(DEFAULT_HELD_OUT.get(source, ()))
-    return [name for name in domain_names(source) if name not in held_out], held_out
 
 
 def split_domains(data: DataSpec, known: Iterable[str] | None = None) -> tuple[list[str], list[str]]:
@@ -127,13 +119,17 @@ def load_domains(data: DataSpec, names: Sequence[str] | None = None) -> dict[str
     SourceError
         When the source cannot be found or read; for the catalogue, when ``FEDCAST_DATA`` is not set.
     FrameError
-        When a file of the folder is malformed.
+        When a file of a wanted domain is malformed; the other domains' files are not read.
     """
     if data.source in ("bundled", "catalogue"):
         load = load_bundled if data.source == "bundled" else load_catalogue
         return {name: load(name) for name in _wanted(data, names, domain_names(data.source))}
-    frames = read_domains(Path(data.source), time=data.time, id=data.id, target=data.target, freq=data.freq)
-    return {name: SeriesStore.from_frames(name, frames[name]) for name in _wanted(data, names, frames)}
+    files = domain_files(data.source)
+    columns = {"time": data.time, "id": data.id, "target": data.target, "freq": data.freq}
+    return {
+        name: SeriesStore.from_frames(name, {dataset: read_frame(file, **columns) for dataset, file in files[name].items()})
+        for name in _wanted(data, names, files)
+    }
 
 
 def _wanted(data: DataSpec, names: Sequence[str] | None, known: Iterable[str]) -> list[str]:

@@ -215,40 +215,20 @@ def _build_wide(frame: pd.DataFrame, layout: Layout, freq: str | int | None, fin
     return pd.DataFrame({"unique_id": ids, "ds": laid.times[places], "y": y}), laid.freq
 
 
-def read_domains(
-    folder: str | Path, *, time: str | None = None, id: str | None = None, target: str | None = None, freq: str | int | None = None
-) -> dict[str, dict[str, LongFrame]]:
-    """Read a folder: each file in it is a domain of one dataset, each sub-folder a domain with one dataset a file.
+def domain_files(folder: str | Path) -> dict[str, dict[str, Path]]:
+    """Find the data files of a folder: each file in it is a domain of one dataset, each sub-folder a domain with one dataset a file.
 
-    Hidden files and files that are no data (by their suffix) are passed over.
+    Hidden files and files that are no data (by their suffix) are passed over; no file is opened.
 
     Parameters
     ----------
     folder
         The folder.
-    time, id, target, freq
-        As for :func:`read_frame`, for every CSV and parquet file.
 
     Returns
     -------
     dict
-        Domain to dataset to long frame, in the order of names.
-
-    Raises
-    ------
-    FrameError
-        If a file is malformed; it is named.
-    SourceError
-        If the folder is missing or holds no data, or two files would have the same name.
-    """
-    return {
-        domain: {name: read_frame(file, time=time, id=id, target=target, freq=freq) for name, file in files.items()}
-        for domain, files in domain_files(folder).items()
-    }
-
-
-def domain_files(folder: str | Path) -> dict[str, dict[str, Path]]:
-    """Return the data files of a folder without reading them: domain to dataset to file, as :func:`read_domains` reads them.
+        Domain to dataset to file, in the order of names.
 
     Raises
     ------
@@ -256,8 +236,10 @@ def domain_files(folder: str | Path) -> dict[str, dict[str, Path]]:
         If the folder is missing or holds no data, or two files would have the same name.
     """
     root = Path(folder)
+    if not root.exists():
+        raise SourceError(f"{folder} does not exist", hint="check the path: a folder of data files, seen from where you are")
     if not root.is_dir():
-        raise SourceError(f"{folder} is not a folder", hint="name a folder of data files, or read one file with read_frame")
+        raise SourceError(f"{folder} is a file, not a folder", hint="name the folder that holds it: each file in it is a domain")
     domains: dict[str, dict[str, Path]] = {}
     for entry in sorted(root.iterdir()):
         files = sorted(entry.iterdir()) if entry.is_dir() and not entry.name.startswith(".") else [entry]

@@ -143,4 +143,15 @@ def _decide(
         return None
     if target is not None:
         return Layout(time, id, (target,), wide=False)
+    texts = [column for column in rest if column not in numeric and pd.to_numeric(frame[column], errors="coerce").isna().all()]
+    if texts and frame[time].duplicated().any():
+        values = next((column for column in rest if column not in texts), None)
+        findings.add(
+            "missing-columns",
+            f"times repeat and column {texts[0]!r} is text: which column names the series, and which holds the values, is not known",
+            f"name them: id={texts[0]!r}, target={values or '...'!r}; on the command line --id and --target",
+            column=texts[0],
+            count=1,
+        )
+        return None
     return Layout(time, None, tuple(rest), wide=True)

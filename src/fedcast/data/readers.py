@@ -110,7 +110,7 @@ def read_table(path: Path, source: str, *, time: str | None = None, id: str | No
     if not path.exists():
         raise SourceError(f"{source} does not exist", hint="check the path")
     if path.is_dir():
-        raise SourceError(f"{source} is a folder", hint="name one file, or read the folder with read_domains")
+        raise SourceError(f"{source} is a folder", hint="name one of the files in it")
     suffix = data_suffix(path)
     if suffix is None:
         raise not_a_frame(

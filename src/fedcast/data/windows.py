@@ -87,8 +87,8 @@ class WindowSampler:
     context, horizon
         Steps of context ``L`` (at least 8) and of target ``H`` (at least 1).
     balance
-        ``"none"``: train windows are drawn uniformly; ``"dataset"`` and ``"domain"``: first a dataset (domain) uniformly among
-        those with a train window, then a window of it uniformly.
+        ``"none"``: train windows are drawn uniformly; ``"dataset"``: first a dataset uniformly among those with a train window, then
+        a window of it uniformly; ``"domain"``: first a domain, then a dataset of it, then a window, each uniformly.
 
     Attributes
     ----------
@@ -113,10 +113,16 @@ class WindowSampler:
         self._bad = _bad_ends(runs, context, horizon)
         train = self._ranges("train")
         self.n_windows = train.total
+        self._chances: NDArray[np.float64] | None = None
         if balance == "none":
             self._train, self._groups = train, np.array([[0, train.total]])
         else:
-            self._train, self._groups = _grouped(train, getattr(store, balance))
+            self._train, self._groups = _grouped(train, store.dataset)
+            if balance == "domain" and len(self._groups):
+                # A domain evenly, then one of its datasets evenly: the share that its own site would give each of them.
+                owner = store.domain[self._train.at(self._groups[:, 0]).series]
+                _, inverse, count = np.unique(owner, return_inverse=True, return_counts=True)
+                self._chances = 1.0 / (len(count) * count[inverse])
 
     def draw(self, size: int, rng: np.random.Generator) -> Windows:
         """Draw train windows at random, with replacement.
@@ -142,7 +148,8 @@ class WindowSampler:
         if len(groups) == 1:
             position = rng.integers(0, self.n_windows, size)
         else:
-            chosen = groups[rng.integers(0, len(groups), size)]
+            even = self._chances is None
+            chosen = groups[rng.integers(0, len(groups), size) if even else rng.choice(len(groups), size, p=self._chances)]
             position = rng.integers(chosen[:, 0], chosen[:, 1])
         return self._train.at(position)
 

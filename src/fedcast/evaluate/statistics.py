@@ -1,4 +1,4 @@
-"""Statistics over result rows: relative scores, paired differences with intervals, wins and tables.
+"""Statistics over result rows: relative scores, paired differences with intervals, and geometric means.
 
 A result row (``kind == "result"``) has at least ``model``, ``domain``, ``seed`` and the scores; smaller scores are better.
 """
@@ -217,77 +217,6 @@ def _bootstrap(values: Array, confidence: float, draws: int, seed: int) -> tuple
     drawn = weight > 0  # a draw can meet only missing pairs
     low, high = np.quantile(total[drawn] / weight[drawn], [0.5 - confidence / 2, 0.5 + confidence / 2])
     return float(low), float(high)
-
-
-def score_table(rows: pd.DataFrame, metric: str = "mse", *, reference: str | None = None) -> pd.DataFrame:
-    """Build the table model by domain, each cell a mean over seeds, with a last column ``mean``.
-
-    Parameters
-    ----------
-    rows
-        Result rows; choose part and held-out domains before.
-    metric
-        The score to show.
-    reference
-        A model to divide by, such as ``"seasonal_naive"``. Cells over seeds and ``mean`` over domains are then geometric means.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Indexed by model, in the order of the rows. A domain without a score for any model (a MASE that is undefined, say) is left out of
-        ``mean``; a model that lacks a score in another domain has a NaN mean, so that no model gains from its gaps.
-
-    Raises
-    ------
-    RunError
-        When a model has different scores for one seed and domain.
-    """
-    chosen = rows if reference is None else relative(rows, reference=reference, metrics=[metric])
-    average = geometric_mean if reference is not None else _plain_mean
-    models, domains = list(dict.fromkeys(rows["model"])), sorted(set(rows["domain"]))
-    table = pd.DataFrame(np.nan, index=pd.Index(models, name="model"), columns=domains, dtype=np.float64)
-    for model in models:
-        cells = _cells(chosen[chosen["model"] == model], metric)
-        for domain in cells.columns:
-            # A seed without this domain has no row at all; a row with a NaN score keeps the cell NaN.
-            has_row = chosen.loc[(chosen["model"] == model) & (chosen["domain"] == domain), "seed"].unique()
-            table.loc[model, domain] = average(cells.loc[has_row, domain].to_numpy(dtype=np.float64))
-    scored = table[[domain for domain in domains if table[domain].notna().any()]]
-    table["mean"] = [average(values) for values in scored.to_numpy(dtype=np.float64)]
-    return table
-
-
-def _plain_mean(values: ArrayLike) -> float:
-    array = np.asarray(values, dtype=np.float64)
-    return float(array.mean()) if array.size else _NAN
-
-
-def win_counts(rows: pd.DataFrame, metric: str = "mse") -> pd.DataFrame:
-    """Count how often each model has the smallest score.
-
-    Parameters
-    ----------
-    rows
-        Result rows of the models that compete.
-    metric
-        The score.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Indexed by model: ``pairs`` (seed, domain) pairs won and ``domains`` won on the mean over seeds. A tie counts for each of the best.
-
-    Raises
-    ------
-    RunError
-        When a model has different scores for one seed and domain.
-    """
-    models = list(dict.fromkeys(rows["model"]))
-    cells = {model: _cells(rows[rows["model"] == model], metric) for model in models}
-    by_pair = pd.DataFrame({model: cell.stack() for model, cell in cells.items()}, columns=models)
-    by_domain = pd.DataFrame({model: cell.mean(axis=0) for model, cell in cells.items()}, columns=models)
-    counts = {name: frame.eq(frame.min(axis=1), axis=0).sum(axis=0) for name, frame in (("pairs", by_pair), ("domains", by_domain))}
-    return pd.DataFrame(counts, index=pd.Index(models, name="model")).astype(np.int64)
 
 
 def _cells(rows: pd.DataFrame, metric: str) -> pd.DataFrame:

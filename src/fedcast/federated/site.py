@@ -9,7 +9,7 @@ import traceback
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from fedcast.data.splits import split_by_time
 from fedcast.data.store import SeriesStore
 from fedcast.data.windows import Batch, WindowSampler
-from fedcast.errors import FedcastError
+from fedcast.errors import FedcastError, ModelError
 from fedcast.federated.messages import Reply, Task
 from fedcast.federated.scoring import SiteScores
 from fedcast.federated.state import SiteStates
@@ -150,6 +150,9 @@ class Site:
             steps=steps,
             rate=lambda step: learning_rate(self._spec.training, done + step, total),
         )
+        if not (isfinite(record.loss) and bool(torch.isfinite(workspace.parameters.vector).all())):
+            # Kept, such weights would spoil every later round of the site.
+            raise ModelError("training diverged: a weight or the loss is not finite", hint="lower training.learning_rate or clip_norm")
         reply = self._method.reply(client)
         self._keep(task.round, client, workspace, keeps)
         tensors = {"shared": workspace.parameters.shared.clone(), **reply}

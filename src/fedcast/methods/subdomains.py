@@ -61,8 +61,11 @@ def make_labeller(kind: LabelKind, sampler: WindowSampler, clusters: int, seed: 
 
 
 def _hash(series: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.int64]:
-    # Knuth's multiplicative constants; only scattering matters here, not strength.
-    return (series * 2654435761 + end * 40503 + (end * 2246822519 >> 7)) & 0x7FFFFFFF
+    """Scatter places by the finaliser of SplitMix64 (Steele et al., 2014): neighbours get unrelated labels."""
+    x = series.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + end.astype(np.uint64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return ((x ^ (x >> np.uint64(31))) >> np.uint64(1)).astype(np.int64)
 
 
 class _KMeansLabeller:
@@ -112,6 +115,7 @@ def describe_windows(context: Tensor, mask: Tensor) -> Tensor:
         ``[B, 8]``: signed log mean, log standard deviation, lag-1 autocorrelation, slope over the window in standard deviations,
         and the share of spectral energy in four equal bands.
     """
+    context = context.double()  # squares of large float32 values leave float32
     weight = mask.to(context.dtype)
     count = weight.sum(1, keepdim=True).clamp_min(1)
     mean = (context * weight).sum(1, keepdim=True) / count
@@ -126,4 +130,4 @@ def describe_windows(context: Tensor, mask: Tensor) -> Tensor:
     bands = torch.stack([band.sum(1) for band in energy.tensor_split(4, dim=1)], dim=1)
     bands = bands / bands.sum(1, keepdim=True).clamp_min(1e-6)
     log_mean = mean.squeeze(1).sign() * mean.squeeze(1).abs().log1p()
-    return torch.cat([torch.stack([log_mean, deviation.squeeze(1).log(), lag, slope], dim=1), bands], dim=1)
+    return torch.cat([torch.stack([log_mean, deviation.squeeze(1).log(), lag, slope], dim=1), bands], dim=1).float()

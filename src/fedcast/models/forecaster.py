@@ -15,9 +15,9 @@ from pandas.tseries.offsets import Day, Tick
 from utilsforecast.processing import make_future_dataframe
 
 from fedcast.data.frames import LongFrame, read_frame
-from fedcast.errors import ModelError, QuantileError
+from fedcast.errors import CheckpointError, ModelError, QuantileError
 from fedcast.models.base import QUANTILES, ForecastArrays
-from fedcast.models.files import model_format
+from fedcast.models.files import CONFIG, model_format
 from fedcast.models.mixture import FORMAT as MIXTURE
 from fedcast.models.mixture import DomainMixture
 from fedcast.models.patch import PatchTransformer
@@ -46,7 +46,7 @@ class Forecaster:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Self:
-        """Read a model folder, or the ``final`` model of a run folder.
+        """Read a model folder, or the ``final`` model of a run folder, whose scores the run reports.
 
         Raises
         ------
@@ -177,7 +177,11 @@ def load_model(folder: str | Path) -> PatchTransformer | DomainMixture:
     CheckpointError
         When the folder holds no usable model.
     """
-    mixture = model_format(Path(folder)) == MIXTURE
+    path = Path(folder)
+    sites = [] if (path / CONFIG).exists() else sorted(config.parent.name for config in path.glob(f"*/{CONFIG}"))
+    if sites:
+        raise CheckpointError(f"{path} holds one model a site: {', '.join(sites)}", hint=f"name one of them, such as {path / sites[0]}")
+    mixture = model_format(path) == MIXTURE
     return DomainMixture.from_pretrained(folder) if mixture else PatchTransformer.from_pretrained(folder)
 
 

@@ -121,10 +121,10 @@ class DomainMixture(nn.Module):
         """
         tail = min(self.config.patch, self.config.horizon)
         if context.shape[1] <= tail:
-            return torch.full((context.shape[0], len(self.experts)), 1 / len(self.experts))
+            return torch.full((context.shape[0], len(self.experts)), 1 / len(self.experts), device=context.device)
         seen = mask[:, -tail:] & context[:, -tail:].isfinite()  # [B, P]
         truth = torch.where(seen, context[:, -tail:], 0.0)
-        scale = self._encode(context, mask)[0].tokens.scale
+        scale = self._expert(0).tokens(context, mask).scale
         levels = truth.new_tensor(QUANTILES)
         errors = []
         for output in self._all(context[:, :-tail], mask[:, :-tail], tail):

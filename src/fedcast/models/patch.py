@@ -166,7 +166,7 @@ class PatchTransformer(nn.Module):
 
     def encode(self, context: Tensor, mask: Tensor) -> Encoded:
         """Return what a decoder reads; parameters as in :meth:`normalised`."""
-        tokens = self._tokens(context, mask)
+        tokens = self.tokens(context, mask)
         bias = key_bias(tokens.mask, self.dtype)
         return Encoded(tokens, bias, self._encode(tokens, bias))
 
@@ -180,7 +180,7 @@ class PatchTransformer(nn.Module):
 
     def embed(self, context: Tensor, mask: Tensor) -> Tensor:
         """Return the encoder's features [B, N, d] in float32; parameters as in :meth:`normalised`."""
-        tokens = self._tokens(context, mask)
+        tokens = self.tokens(context, mask)
         return self._encode(tokens, key_bias(tokens.mask, self.dtype)).float()
 
     def forward(self, context: Tensor, mask: Tensor, horizon: int) -> Forecast:
@@ -203,7 +203,8 @@ class PatchTransformer(nn.Module):
         """
         return roll(self.normalised, self.config, context, mask, horizon)
 
-    def _tokens(self, context: Tensor, mask: Tensor) -> Tokens:
+    def tokens(self, context: Tensor, mask: Tensor) -> Tokens:
+        """Return windows standardised and cut into patches; parameters as in :meth:`normalised`."""
         if context.dim() != 2 or context.shape != mask.shape:
             raise ModelError(
                 f"context {tuple(context.shape)} and mask {tuple(mask.shape)} do not fit",

@@ -151,8 +151,8 @@ class ProgressObserver:
 def results_table(results: pd.DataFrame, metric: str = "mse", *, width: int = WIDTH) -> Table:
     """Show models and domains in one table, relative to the seasonal naive where it was scored.
 
-    Models are rows where that fits the width, else domains are. Held-out domains stand apart from training domains, each with its
-    own mean; the best of each row or column of one domain is bold and has a star.
+    Models are rows where that fits the width, else domains are. Where the rows say which domains were held out, those stand apart from
+    training domains, each with its own mean; the best of each row or column of one domain is bold and has a star.
 
     Parameters
     ----------
@@ -163,7 +163,10 @@ def results_table(results: pd.DataFrame, metric: str = "mse", *, width: int = WI
     width
         Columns of the terminal.
     """
-    both = [(title, score_table(results, metric, held_out=held)) for title, held in (("held-out", True), ("training", False))]
+    groups: list[tuple[str, bool | None]] = [("held-out", True), ("training", False)]
+    if "held_out" not in results.columns:
+        groups = [("all", None)]
+    both = [(title, score_table(results, metric, held_out=held)) for title, held in groups]
     parts = [(title, table) for title, table in both if table is not None]
     if not parts:
         return _one_line("no results")
@@ -217,18 +220,18 @@ def methods_table(methods: Sequence[Mapping[str, Any]]) -> Table:
     Parameters
     ----------
     methods
-        One dict a method with ``name``, ``summary`` and ``parameters``: tuples (name, type, default, documentation).
+        What :func:`fedcast.methods.base.describe_methods` gives: ``name``, ``summary`` and ``parameters``, each of those with ``name``,
+        ``type``, ``default`` and ``description``.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="Methods", title_justify="left", title_style="bold")
     table.add_column("method", style="bold", no_wrap=True)
     table.add_column("what it does, and its parameters", overflow="fold", ratio=1)
     for method in methods:
         text = Text(str(method["summary"]))
-        for name, kind, default, about in method["parameters"]:
-            text.append("\n")
-            text.append(f"  {name}", style="bold")
-            text.append(f" = {default}  ({kind})", style="dim")
-            text.append(f"  {about}" if about else "")
+        for parameter in method["parameters"]:
+            text.append(f"\n  {parameter['name']}", style="bold")
+            text.append(f" = {parameter['default']}  ({parameter['type']})", style="dim")
+            text.append(f"  {parameter['description']}".rstrip())
         table.add_row(Text(str(method["name"])), text, end_section=True)
     return table
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +16,7 @@ import plotly.graph_objects as go
 from jinja2 import Environment, StrictUndefined
 from plotly.offline import get_plotlyjs
 
+from fedcast.errors import SourceError
 from fedcast.report import figures
 from fedcast.report.record import Row, RunRecord, by_site, read_record, similarity_of, sites_of
 from fedcast.report.tables import (
@@ -67,14 +69,21 @@ def write_report(run_folder: str | Path, output: str | Path | None = None) -> Pa
     ------
     RunError
         When the folder is no run folder or its record is damaged.
+    SourceError
+        When the page cannot be written.
     """
     folder = Path(run_folder)
     target = Path(output) if output is not None else folder / "report.html"
     page = render(read_record(folder))
-    target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{os.getpid()}.part")
-    aside.write_text(page, encoding="utf-8")
-    aside.replace(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(page, encoding="utf-8")
+        aside.replace(target)
+    except OSError as error:
+        with suppress(OSError):
+            aside.unlink()
+        raise SourceError(f"cannot write {target}: {error.strerror}", hint="choose another file with -o") from error
     return target
 
 

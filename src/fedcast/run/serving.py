@@ -1,0 +1,72 @@
+"""Other ways to serve unseen domains from a finished run: the same training, scored again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import torch
+
+from fedcast.data.catalogue import load_domains
+from fedcast.data.splits import split_by_time
+from fedcast.errors import RunError
+from fedcast.evaluate.metrics import score
+from fedcast.evaluate.windows import EvaluationSet, evaluation_set
+from fedcast.federated.scoring import forecast_windows
+from fedcast.methods.base import Unseen
+from fedcast.models.forecaster import load_model
+from fedcast.models.mixture import DomainMixture
+from fedcast.models.patch import PatchTransformer
+from fedcast.run.folder import RunFolder
+
+
+def serve_otherwise(folder: RunFolder, serving: Unseen) -> pd.DataFrame:
+    """Score a run's held-out domains with another model for unseen domains.
+
+    Parameters
+    ----------
+    folder
+        A finished run whose final model is a mixture.
+    serving
+        ``"shadow"``: the mean of the experts, with the weights of the last round; ``"each"``: the mean of their scores.
+
+    Returns
+    -------
+    pandas.DataFrame
+        The run's result rows of the trained model, those of held-out domains scored anew.
+
+    Raises
+    ------
+    RunError
+        When the final model is no mixture.
+    """
+    final = load_model(folder.final)
+    if not isinstance(final, DomainMixture):
+        raise RunError(f"{folder.path} has one model for all domains, no mixture", hint="choose a run whose method serves a mixture")
+    weights = {site: float(row.get("weight", 1.0)) for site, row in folder.rows("round")[-1]["sites"].items()}
+    models = [_shadow(final, weights)] if serving == "shadow" else [final.expert(name) for name in final.names]
+    spec, rows = folder.spec(), folder.results()
+    rows = rows[rows.model == rows.method].reset_index(drop=True)
+    for index, row in rows[rows.held_out].iterrows():
+        store = load_domains(spec.data, [row.domain])[row.domain]
+        splits = split_by_time(store, horizon=spec.model.horizon, validation=spec.data.validation, test=spec.data.test)
+        test = evaluation_set(store, splits, "test", context=spec.model.context, horizon=spec.model.horizon, limit=spec.evaluation.windows)
+        for name, value in _mean_scores(models, test).items():
+            rows.loc[index, name] = value
+    return rows
+
+
+def _mean_scores(models: list[PatchTransformer], test: EvaluationSet) -> dict[str, float]:
+    scores: list[dict[str, Any]] = [score(test, *forecast_windows(model, test.context, test.target.shape[1])) for model in models]
+    return {name: sum(float(each[name]) for each in scores) / len(scores) for name in scores[0]}
+
+
+def _shadow(mixture: DomainMixture, weights: dict[str, float]) -> PatchTransformer:
+    """Return the weighted mean of the experts."""
+    mass = sum(weights[name] for name in mixture.names)
+    shadow = PatchTransformer(mixture.config)
+    with torch.no_grad():
+        for key, parameter in shadow.named_parameters():
+            total = sum(weights[name] / mass * mixture.expert(name).get_parameter(key).double() for name in mixture.names)
+            parameter.copy_(torch.as_tensor(total))
+    return shadow
