@@ -9,6 +9,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from fedcast.errors import SpecError, UnknownNameError
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataSpec(_Section):
@@ -98,6 +99,14 @@ class FederationSpec(_Section):
     fleet: Literal["threads", "processes"] = Field("threads", description="worker threads in this process, or worker processes")
     workers: int = Field(2, ge=1, description="sites that work at the same time, one core each")
 
+    def selected(self, sites: int) -> int:
+        """Return how many of ``sites`` take part in a round."""
+        return _share(self.participation, sites)
+
+    def needed(self, selected: int) -> int:
+        """Return how many of the ``selected`` sites must answer usably."""
+        return _share(self.quorum, selected)
+
 
 class EvaluationSpec(_Section):
     """What is scored, how often, and beside which baselines."""
@@ -109,7 +118,9 @@ class EvaluationSpec(_Section):
         ("seasonal_naive",), description="forecasters scored on the same windows"
     )
     samples: int = Field(
-        2, ge=0, description="forecasts a domain kept for the report; they leave the site together with their truth, so 0 for private data"
+        0,
+        ge=0,
+        description="forecasts a domain kept for the report; they leave the site together with their truth, so keep 0 for private data",
     )
 
 
@@ -143,6 +154,11 @@ class RunSpec(_Section):
         for key in ("fleet", "workers"):
             del document["federation"][key]
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def _share(share: float, whole: int) -> int:
+    # Rounded first: 0.28 * 25 is a little more than 7 in floating point.
+    return max(1, ceil(round(share * whole, 9)))
 
 
 def _without_none(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,11 @@ import fedcast.run.pretrain as pretraining
 from fedcast.errors import QuorumError
 from fedcast.federated.fleet import Fleet, ThreadFleet
 from fedcast.federated.messages import Reply, Task
+from fedcast.federated.site import Site
+from fedcast.federated.workspace import Workspaces, model_layout
+from fedcast.methods.base import build_method
+from fedcast.run.folder import RunFolder
+from fedcast.run.prepare import prepare, start_fleet
 from fedcast.run.pretrain import Run, pretrain
 from fedcast.spec import RunSpec
 
@@ -132,3 +138,50 @@ def test_when_the_deadline_passes_then_the_fleet_returns_without_the_late_reply(
     assert list(fleet.run({"slow": Task("train", 1)}, deadline_s=0.1)) == []
     assert time.monotonic() - start < 0.9
     fleet.close()
+
+
+def test_when_an_idle_worker_process_dies_then_a_new_one_takes_its_place(tmp_path: Path) -> None:
+    spec = small_spec("fedavg", fleet="processes", workers=1)
+    method = build_method(spec.method)
+    prepared = prepare(spec, method)
+    fleet = start_fleet(spec, method, prepared, RunFolder(tmp_path))
+    layout, initial = model_layout(spec, method)
+    task = Task("evaluate", 0, {"shared": initial[: layout.shared_size]}, {"part": "validation"})
+    try:
+        first = dict(fleet.run({"energy": task}, None))
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
+        again = dict(fleet.run({"energy": task}, None))
+    finally:
+        fleet.close()
+    assert first["energy"].error is None
+    assert again["energy"].meta["loss"] == first["energy"].meta["loss"]
+
+
+def test_when_a_site_fails_then_its_traceback_stays_with_it(tmp_path: Path) -> None:
+    spec = small_spec("fedavg")
+    method = build_method(spec.method)
+    prepared = prepare(spec, method)
+    site = Site(prepared.roles["energy"], prepared.stores["energy"], spec, method, tmp_path)
+    layout, initial = model_layout(spec, method)
+    good = Task("train", 1, {"shared": initial[: layout.shared_size]})
+    assert site.run(Task("train", 1, {"shared": torch.zeros(1)}), Workspaces()).error == "screen: the task's shared is not as declared"
+    site._method = None  # type: ignore[assignment]
+    reply = site.run(good, Workspaces())
+    assert reply.error is not None
+    assert "Traceback" not in reply.error
+    assert "Traceback" in (tmp_path / "error.log").read_text()
+
+
+def test_when_weights_diverge_then_the_site_says_so_and_keeps_its_last_state(tmp_path: Path) -> None:
+    spec = small_spec("fedavg")
+    spec = spec.model_copy(update={"training": spec.training.model_copy(update={"learning_rate": 1e38, "clip_norm": 1e30})})
+    method = build_method(spec.method)
+    prepared = prepare(spec, method)
+    site = Site(prepared.roles["energy"], prepared.stores["energy"], spec, method, tmp_path)
+    layout, initial = model_layout(spec, method)
+    reply = site.run(Task("train", 1, {"shared": initial[: layout.shared_size]}), Workspaces())
+    assert reply.error is not None
+    assert "diverged" in reply.error
+    assert not list(tmp_path.glob("state-*"))

@@ -105,3 +105,51 @@ def _model() -> torch.nn.Module:
     from fedcast.models.patch import PatchTransformer
 
     return PatchTransformer.from_spec(small_spec("fedtrl").model, seed=0)
+
+
+OPTIONS = [
+    {"labels": "dataset"},
+    {"labels": "kmeans", "clusters": 3},
+    {"labels": "segment"},
+    {"labels": "random"},
+    {"alpha": 0.0},
+    {"beta": 0.0},
+    {"barycentre": "wasserstein"},
+    {"aggregation": "samples"},
+    {"aggregation": "uniform"},
+    {"tau": 0.5, "gamma": 1.0},
+    {"serving": "shadow"},
+    {"travels": "all"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_when_fedtrl_is_switched_then_it_trains_and_differs_from_the_default(
+    options: dict[str, object], trained: dict[str, Run], tmp_path: Path
+) -> None:
+    results = train_small(small_spec("fedtrl", **options), tmp_path).results()
+    ours = results[results.model == "fedtrl"]
+    assert ours.mse.notna().all()
+    default = trained["fedtrl"].results()
+    # "dataset" is what the default resolves to where a site has several; all three sites here do.
+    same = options == {"labels": "dataset"}
+    assert (ours.weights_sha256.iloc[0] == default.weights_sha256.iloc[0]) == same
+
+
+def test_when_training_is_local_then_nothing_travels_before_the_last_round(trained: dict[str, Run]) -> None:
+    assert [row["bytes_up"] for row in trained["local"].rows("round")][:-1] == [0, 0]
+
+
+def test_when_other_domains_are_held_out_then_training_does_not_notice(trained: dict[str, Run], tmp_path: Path) -> None:
+    spec = small_spec("fedavg")
+    spec = spec.model_copy(update={"data": spec.data.model_copy(update={"held_out": ("web", "tourism")})})
+    again = train_small(spec, tmp_path)
+    assert again.results().weights_sha256.iloc[0] == trained["fedavg"].results().weights_sha256.iloc[0]
+
+
+@pytest.mark.parametrize("method", ["fedavg", "central"])
+def test_when_half_take_part_then_methods_still_take_equally_many_steps(method: str, tmp_path: Path) -> None:
+    spec = small_spec(method)
+    spec = spec.model_copy(update={"federation": spec.federation.model_copy(update={"participation": 0.4})})
+    # ceil(0.4 * 3) = 2 sites, 3 rounds, 4 steps each.
+    assert train_small(spec, tmp_path).results().gradient_steps.iloc[0] == 2 * 3 * 4

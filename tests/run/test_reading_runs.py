@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from tests.federations import DOMAINS, small_spec, train_small
 
-from fedcast.data.catalogue import bundled_folder
+from fedcast.data.catalogue import bundled_folder, split_domains
 from fedcast.errors import RunError, SpecError, UnknownNameError
 from fedcast.models.forecaster import Forecaster
 from fedcast.models.mixture import DomainMixture
@@ -17,7 +17,6 @@ from fedcast.run.compare import compare
 from fedcast.run.diagnose import gradient_conflict
 from fedcast.run.evaluate import evaluate
 from fedcast.run.folder import RunFolder
-from fedcast.run.prepare import choose_domains
 from fedcast.run.pretrain import Run
 from fedcast.run.serving import serve_otherwise
 from fedcast.spec import DataSpec
@@ -67,6 +66,7 @@ def test_when_a_result_row_is_read_then_it_describes_itself(runs: dict[str, Run]
 def test_when_the_held_out_domain_is_scored_again_from_the_saved_model_then_the_scores_are_the_same(runs: dict[str, Run]) -> None:
     results = runs["fedtrl"].results().set_index(["model", "domain"])
     rows = evaluate(runs["fedtrl"].folder, "bundled", domains=["transport"], windows=8).set_index("model")
+    assert rows.held_out.all()
     for metric in ("mse", "mae", "wql", "smape"):
         assert rows.loc["model", metric] == pytest.approx(results.loc[("fedtrl", "transport"), metric], rel=1e-4)
         assert rows.loc["seasonal_naive", metric] == pytest.approx(results.loc[("seasonal_naive", "transport"), metric], rel=1e-6)
@@ -76,6 +76,8 @@ def test_when_one_file_is_evaluated_then_it_is_one_domain(runs: dict[str, Run]) 
     rows = evaluate(runs["fedavg"].final, bundled_folder() / "health" / "births.parquet", windows=4, horizon=20)
     assert set(rows.domain) == {"births"}
     assert set(rows.horizon) == {20}
+    with pytest.raises(UnknownNameError, match="deaths"):
+        evaluate(runs["fedavg"].final, bundled_folder() / "health" / "births.parquet", domains=["deaths"])
 
 
 def test_when_a_run_is_loaded_then_the_kind_of_model_follows_the_method(runs: dict[str, Run]) -> None:
@@ -98,11 +100,11 @@ def test_when_gradients_are_compared_then_share_and_cosine_are_in_range(name: st
 
 
 def test_when_domains_are_chosen_then_overlaps_and_unknown_names_are_refused() -> None:
-    assert choose_domains(DataSpec(domains=("energy",), held_out=("web",))) == (["energy"], ["web"])
+    assert split_domains(DataSpec(domains=("energy",), held_out=("web",))) == (["energy"], ["web"])
     with pytest.raises(SpecError, match="both"):
-        choose_domains(DataSpec(domains=("energy",), held_out=("energy",)))
+        split_domains(DataSpec(domains=("energy",), held_out=("energy",)))
     with pytest.raises(UnknownNameError, match="enrgy"):
-        choose_domains(DataSpec(domains=("enrgy",)))
+        split_domains(DataSpec(domains=("enrgy",)))
 
 
 def test_when_a_run_is_served_otherwise_then_it_scores_as_if_it_had_been_trained_so(runs: dict[str, Run]) -> None:

@@ -16,6 +16,7 @@ from fedcast.errors import CheckpointError, ResumeError, RunError
 from fedcast.federated.rounds import Silent
 from fedcast.run.folder import RunFolder
 from fedcast.run.pretrain import Run, pretrain
+from fedcast.spec import RunSpec
 
 PHASES = ["select", "client", "site", "aggregate", "evaluate", "checkpoint", "checkpoint-rename", "log", "test"]
 
@@ -63,8 +64,43 @@ def test_when_killed_in_a_phase_then_the_resumed_run_ends_with_the_same_bytes(ph
 
 
 def die(phase: str, round_: int, folder: str) -> None:
-    """Train until the killer strikes; run by the test above in a process of its own."""
+    """Train until the killer strikes; run by the tests in a process of its own."""
     pretrain(small_spec(), output=folder, observer=Killer(phase, round_))
+
+
+def sparse_spec() -> RunSpec:
+    """A federation in worker processes of which a third takes part in a round."""
+    spec = small_spec("fedtrl", fleet="processes", rounds=5)
+    return spec.model_copy(update={"federation": spec.federation.model_copy(update={"participation": 0.5})})
+
+
+def die_sparsely(folder: str) -> None:
+    """As :func:`die`, in worker processes and with few sites a round."""
+    pretrain(sparse_spec(), output=folder, observer=Killer("site", 3))
+
+
+def test_when_worker_processes_and_few_sites_are_killed_then_the_resumed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    whole = pretrain(sparse_spec(), output=tmp_path / "whole")
+    script = "import sys; from tests.run.test_resume import die_sparsely\nif __name__ == '__main__': die_sparsely(sys.argv[1])"
+    runner = tmp_path / "die.py"
+    runner.write_text(script)
+    root = Path(__file__).parents[2]
+    dead = subprocess.run([sys.executable, str(runner), str(tmp_path / "run")], cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
+    assert dead.returncode == -signal.SIGKILL
+    resumed = pretrain(sparse_spec(), output=tmp_path / "run")
+    assert weights(resumed) == weights(whole)
+    assert resumed.results().weights_sha256.iloc[0] == whole.results().weights_sha256.iloc[0]
+
+
+def test_when_a_manifest_is_altered_then_its_checkpoint_is_not_believed(tmp_path: Path) -> None:
+    run = train_small(small_spec("fedavg", rounds=2), tmp_path)
+    (run.folder / "results.parquet").unlink()
+    manifest = sorted((run.folder / "checkpoints").glob("round-*/manifest.json"))[-1]
+    manifest.write_text(manifest.read_text().replace('"best_round": 2', '"best_round": 1'))
+    kept = weights(run)
+    train_small(small_spec("fedavg", rounds=2), tmp_path)
+    assert weights(run) == kept
+    assert '"best_round": 2' in manifest.read_text()
 
 
 def test_when_the_run_is_complete_then_starting_it_again_changes_nothing(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ class Checkpoints:
     def save(self, server: Server, progress: Progress, *, before_rename: Callable[[], None] = lambda: None) -> None:
         """Write the checkpoint of the server's round."""
         groups = {"method": server.tensors, "expert": server.experts}
-        named = {f"{group}.{name}": tensor.contiguous() for group, tensors in groups.items() for name, tensor in tensors.items()}
+        named = {f"{group}.{name}": tensor.contiguous().clone() for group, tensors in groups.items() for name, tensor in tensors.items()}
         payload = save({"shared": server.shared, "private": server.private, **named})
         manifest = {
             "round": server.round,
@@ -65,6 +65,7 @@ class Checkpoints:
             "sha256": hashlib.sha256(payload).hexdigest(),
             "progress": {**vars(progress), "best_loss": progress.best_loss if isfinite(progress.best_loss) else None},
         }
+        manifest["manifest_sha256"] = _seal(manifest)
         aside = self._folder / "aside"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -103,7 +104,9 @@ class Checkpoints:
             payload = (folder / _TENSORS).read_bytes()
         except (OSError, ValueError):
             return None
-        if manifest.get("sha256") != hashlib.sha256(payload).hexdigest():
+        if not isinstance(manifest, dict) or manifest.pop("manifest_sha256", None) != _seal(manifest) or manifest["round"] != number:
+            return None
+        if manifest["sha256"] != hashlib.sha256(payload).hexdigest():
             return None
         if manifest["layout"] != server.layout.digest:
             raise CheckpointError(f"the checkpoint {folder} holds another model", hint="start the run in a new folder")
@@ -119,6 +122,10 @@ class Checkpoints:
         if not self._folder.is_dir():
             return []
         return sorted(int(match[1]) for entry in self._folder.iterdir() if (match := _NAME.fullmatch(entry.name)))
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def _write(path: Path, payload: bytes) -> None:

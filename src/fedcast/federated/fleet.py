@@ -63,5 +63,5 @@ class ThreadFleet:
                 yield pending.pop(future), future.result()
 
     def close(self) -> None:
-        """Let the threads end."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Wait for the threads to end: a site still at work would write into the run folder after it was let go."""
+        self._pool.shutdown(wait=True, cancel_futures=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from fedcast.errors import ScreenError, WireError
 TaskKind = Literal["train", "evaluate"]
 _HEADER = "fedcast"
 _HEADER_LIMIT = 100_000_000
+_RESERVED = frozenset({"loss", "steps", "samples", "seconds", "weight"})
 
 
 @dataclass(frozen=True)
@@ -141,3 +143,39 @@ def screen(reply: Reply, shapes: Mapping[str, tuple[int, ...]], *, largest_sampl
     samples = reply.meta.get("samples")
     if isinstance(samples, bool) or not isinstance(samples, int) or not 1 <= samples <= largest_samples:
         raise ScreenError(f"claims {samples!r} training points, declared are {largest_samples}", hint=hint)
+    steps, metrics = reply.meta.get("steps"), reply.meta.get("metrics")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise ScreenError(f"claims {steps!r} steps", hint=hint)
+    for name in ("loss", "seconds", "compute_seconds"):
+        if not _is_number(reply.meta.get(name)):
+            raise ScreenError(f"{name} is no finite number", hint=hint)
+    if not isinstance(metrics, dict) or any(name in _RESERVED or not _is_number(value) for name, value in metrics.items()):
+        raise ScreenError("its metrics are not named finite numbers", hint=hint)
+
+
+def screen_task(task: Task, shapes: Mapping[str, tuple[int | None, ...]]) -> None:
+    """Check a task against its declared layout before a site works on it.
+
+    Parameters
+    ----------
+    task
+        The task.
+    shapes
+        Every tensor it may hold, with its shape (``None``: any length); ``"shared"`` it must hold. All are float32 and finite.
+
+    Raises
+    ------
+    ScreenError
+        Naming the first thing that does not hold.
+    """
+    hint = "check that both sides run the same version of fedcast"
+    if "shared" not in task.tensors or not task.tensors.keys() <= shapes.keys():
+        raise ScreenError("the task's tensors are not as declared", hint=hint)
+    for name, tensor in task.tensors.items():
+        fits = tensor.dim() == len(shapes[name]) and all(want in (None, got) for want, got in zip(shapes[name], tensor.shape, strict=True))
+        if not fits or tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
+            raise ScreenError(f"the task's {name} is not as declared", hint=hint)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)

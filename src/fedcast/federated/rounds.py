@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import isfinite
 from typing import Any, Protocol
 
 import numpy as np
@@ -124,10 +124,10 @@ class RoundLoop:
         if validates:
             self.observer.phase("evaluate", number)
             rows.append(self._validate(number, progress))
-        checkpointing = time.perf_counter()
+        validated = time.perf_counter()
         progress.bytes_up += sum(reply.nbytes for reply in replies.values())
         progress.bytes_down += sum(task.nbytes for task in tasks.values())
-        seconds = trained - start + time.perf_counter() - checkpointing
+        seconds = trained - start + time.perf_counter() - validated
         progress.seconds += time.perf_counter() - start
         row = self._row(number, tasks, replies, dropped)
         row["seconds"], row["overhead_seconds"] = seconds, seconds - _critical_path(replies)
@@ -137,20 +137,21 @@ class RoundLoop:
         self.checkpoints.save(self.server, progress, before_rename=lambda: self.observer.phase("checkpoint-rename", number))
         row["checkpoint_seconds"] = time.perf_counter() - writing
         self.observer.phase("log", number)
-        for row in progress.rows:
-            self.log(row)
-            self.observer.row(row)
+        for logged in progress.rows:
+            self.log(logged)
+            self.observer.row(logged)
 
     def _exports(self, number: int) -> bool:
         """Whether sites send the private part: for the shadow when the model is scored, for each site's own model at the end."""
         wanted = number == self.server.rounds if self.method.unseen() == "each" else self._validates(number)
-        return wanted and self.server.layout.private_size > 0
+        # Where only some take part, a site hands its part in whenever it trained, or it would be missing or stale at the end.
+        return (wanted or self.spec.federation.participation < 1) and self.server.layout.private_size > 0
 
     def _validates(self, number: int) -> bool:
         return number % self.spec.evaluation.every == 0 or number == self.server.rounds
 
     def _select(self, trainers: Sequence[str], number: int) -> list[str]:
-        count = max(1, ceil(self.spec.federation.participation * len(trainers)))
+        count = self.spec.federation.selected(len(trainers))
         rng = np.random.default_rng([self.spec.seed, number])
         return sorted(rng.choice(np.array(trainers, dtype=object), size=count, replace=False))
 
@@ -180,7 +181,7 @@ class RoundLoop:
         return updates, dropped
 
     def _check_quorum(self, updates: Sequence[Update], selected: Sequence[str], dropped: Mapping[str, str], number: int) -> None:
-        needed = max(1, ceil(self.spec.federation.quorum * len(selected)))
+        needed = self.spec.federation.needed(len(selected))
         if len(updates) < needed:
             reasons = "; ".join(f"{site}: {reason}" for site, reason in dropped.items())
             raise QuorumError(
@@ -213,7 +214,11 @@ class RoundLoop:
     def _validate(self, number: int, progress: Progress) -> dict[str, Any]:
         sites = [name for name, role in sorted(self.roles.items()) if role.evaluates and not role.held_out]
         answers = self.evaluate(sites, {"part": "validation"})
-        losses = {site: float(reply.meta["loss"]) for site, reply in answers.items() if reply.meta["loss"] is not None}
+        losses = {
+            site: float(reply.meta["loss"])
+            for site, reply in answers.items()
+            if reply.meta["loss"] is not None and isfinite(reply.meta["loss"])
+        }
         # Without any validation window the last round is the best there is.
         mean = sum(losses.values()) / len(losses) if losses else None
         if mean is None or mean < progress.best_loss:
@@ -252,8 +257,8 @@ class RoundLoop:
             tensors["private"] = private
         elif not self.roles[site].trains and self.server.experts:
             tensors["experts"] = torch.stack([self.server.experts[name] for name in sorted(self.server.experts)])
-        elif not self.roles[site].trains and self.server.private.numel():
-            tensors["private"] = self.server.private
+        elif self.server.private.numel():
+            tensors["fallback" if self.roles[site].trains else "private"] = self.server.private
         return tensors
 
 

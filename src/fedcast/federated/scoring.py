@@ -84,6 +84,8 @@ def forecast_windows(
     model: PatchTransformer | DomainMixture, context: NDArray[np.float32], horizon: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Forecast windows ``[W, L]`` (NaN where missing); return point ``[W, H]`` and quantiles ``[W, H, 9]`` in the units of the data."""
+    if not len(context):
+        return np.empty((0, horizon), dtype=np.float32), np.empty((0, horizon, len(QUANTILES)), dtype=np.float32)
     points, bands = [], []
     with torch.inference_mode():
         for start in range(0, len(context), _BATCH):

@@ -21,7 +21,7 @@ from fedcast.data.splits import split_by_time
 from fedcast.data.store import SeriesStore
 from fedcast.data.windows import Batch, WindowSampler
 from fedcast.errors import FedcastError, ModelError
-from fedcast.federated.messages import Reply, Task
+from fedcast.federated.messages import Reply, Task, screen_task
 from fedcast.federated.scoring import SiteScores
 from fedcast.federated.state import SiteStates
 from fedcast.federated.workspace import Workspace, Workspaces, build_extra
@@ -51,6 +51,8 @@ class SiteRole:
         Whether its domain is never trained on.
     step_multiplier
         Local steps for each of the spec's: 1, and for the pooled client of a centralised control the number of sites it stands for.
+    epoch_share
+        Share of a local epoch: 1, and for the pooled client the share of sites that a federation would select.
     """
 
     name: str
@@ -58,6 +60,7 @@ class SiteRole:
     evaluates: bool = True
     held_out: bool = False
     step_multiplier: int = 1
+    epoch_share: float = 1.0
 
 
 class Site:
@@ -84,6 +87,7 @@ class Site:
         self._shapes: tuple[tuple[str, tuple[int, ...]], ...] | None = None
         # One task at a time: a late reply's work must not meet the next round's.
         self._busy = threading.Lock()
+        self._newest = 0
         model, data = spec.model, spec.data
         splits = split_by_time(store, horizon=model.horizon, validation=data.validation, test=data.test)
         self._sampler = WindowSampler(store, splits, context=model.context, horizon=model.horizon, balance=method.balance)
@@ -98,9 +102,14 @@ class Site:
     def run(self, task: Task, workspaces: Workspaces) -> Reply:
         """Run a task; an exception becomes a reply with an error and no traceback, which stays in the site's error.log."""
         start = time.perf_counter()
+        if task.kind == "train":
+            self._newest = max(self._newest, task.round)
         try:
             with self._busy:
+                if task.kind == "train" and task.round < self._newest:
+                    return Reply(error=f"round {task.round} is over")
                 workspace = self._workspace(workspaces)
+                screen_task(task, self._message_shapes(workspace))
                 reply = self._train(task, workspace) if task.kind == "train" else self._evaluate(task, workspace)
         except FedcastError as error:
             return Reply(error=f"{error.code}: {error.message}")
@@ -122,13 +131,19 @@ class Site:
         precision = resolve_precision(self._spec.training.precision)
         return workspaces.get(self._shapes, self._spec, self._method, make, precision)
 
+    def _message_shapes(self, workspace: Workspace) -> dict[str, tuple[int | None, ...]]:
+        layout = workspace.parameters.layout
+        private = workspace.model_size - layout.shared_size
+        fixed: dict[str, tuple[int | None, ...]] = {"shared": (layout.shared_size,), "private": (private,), "fallback": (private,)}
+        return {**fixed, "experts": (None, private), **self._method.message_shapes(workspace.twin.config)}
+
     def _steps(self) -> int:
         federation, training = self._spec.federation, self._spec.training
         if federation.local_epochs is None:
             return federation.local_steps * self.role.step_multiplier
         # A pass over the points: every step reads batch_size targets of `horizon` points.
         points = training.batch_size * self._spec.model.horizon
-        return ceil(federation.local_epochs * self.samples / points)
+        return ceil(federation.local_epochs * self.role.epoch_share * self.samples / points)
 
     def _train(self, task: Task, workspace: Workspace) -> Reply:
         state = self._states.before(task.round)
@@ -201,7 +216,8 @@ class Site:
     def _evaluate(self, task: Task, workspace: Workspace) -> Reply:
         private = task.tensors.get("private")
         if private is None and self.role.trains:
-            private = self._states.before(task.round + 1).get("private")
+            # A site that was never selected has no private weights of its own yet.
+            private = self._states.before(task.round + 1).get("private", task.tensors.get("fallback"))
         workspace.load(task.tensors["shared"], private)
         if task.meta.get("part") == "validation":
             return Reply(meta={"loss": self._scores.loss(workspace.twin, self._task)})

@@ -1,12 +1,14 @@
 """The fleet of worker processes: the same sites, each in a process of its own core, reached by bytes.
 
 Tasks and replies cross the process boundary as safetensors, just as they would cross a network, so this fleet also proves that
-nothing but what a message declares leaves a site.
+no object of a site is shared with the coordinator.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -17,7 +19,7 @@ from typing import Any
 
 import fedcast.methods  # noqa: F401 - registers the methods in a worker process
 from fedcast.data.store import SeriesStore
-from fedcast.errors import FedcastError, WireError
+from fedcast.errors import FedcastError, SiteError, WireError
 from fedcast.federated.messages import Reply, Task
 from fedcast.federated.site import Site, SiteRole
 from fedcast.federated.workspace import Workspaces
@@ -80,9 +82,20 @@ class ProcessFleet:
                     del queues[index]
 
     def _send(self, index: int, name: str, tasks: Mapping[str, Task]) -> None:
-        _, connection = self._worker(index)
-        connection.send_bytes(name.encode())
-        connection.send_bytes(tasks[name].encode())
+        for last in (False, True):
+            _, connection = self._worker(index)
+            try:
+                connection.send_bytes(name.encode())
+                connection.send_bytes(tasks[name].encode())
+            except OSError as error:
+                # It died while it had nothing to do: a new one takes its place.
+                self._stop(index)
+                if last:
+                    raise SiteError(
+                        f"the worker of site {name} cannot be reached", hint="run the same command again: it resumes"
+                    ) from error
+            else:
+                return
 
     def _receive(self, index: int, names: list[str]) -> Iterator[tuple[str, Reply]]:
         try:
@@ -128,8 +141,17 @@ class ProcessFleet:
             self._workers[index] = None
 
 
+def _end_with(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
+
+
 def _work(connection: Connection, spec: dict[str, Any], roles: list[dict[str, Any]], stores: dict[str, str], folder: str) -> None:
     """Serve tasks in a worker process until the connection closes."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        # When the coordinator is killed, its workers must not go on writing into the run folder.
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     run_spec = RunSpec.model_validate(spec)
     method = build_method(run_spec.method)
     known = {role["name"]: SiteRole(**role) for role in roles}
@@ -147,4 +169,6 @@ def _work(connection: Connection, spec: dict[str, Any], roles: list[dict[str, An
             reply = sites[name].run(Task.decode(payload), workspaces)
         except FedcastError as error:
             reply = Reply(error=f"{error.code}: {error.message}")
+        except Exception as error:  # a site that cannot even be opened must answer too, without its data
+            reply = Reply(error=f"{type(error).__name__} at site {name}")
         connection.send_bytes(reply.encode())

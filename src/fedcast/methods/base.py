@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
 import numpy as np
 import torch
-from pydantic import ValidationError, create_model
+from pydantic import ConfigDict, ValidationError, create_model
 from torch import Tensor, nn
 
 from fedcast.data.windows import Batch, WindowSampler
@@ -208,6 +208,10 @@ class Method:
         """Return names and shapes of the further tensors of a reply: what the screen lets pass."""
         return {}
 
+    def message_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Return names and shapes of the tensors a message may hold beside the shared weights: what a site lets pass."""
+        return {}
+
     def message(self, server: Server, site: str) -> dict[str, Tensor]:
         """Return the tensors sent to a site at the start of a round."""
         return {"shared": server.shared}
@@ -251,7 +255,7 @@ def build_method(spec: MethodSpec) -> Method:
     hints = get_type_hints(cls, include_extras=True)
     fields: dict[str, Any] = {f.name: (hints[f.name], f.default) for f in dataclasses.fields(cls)}
     try:
-        return cls(**dict(create_model(cls.__name__, **fields).model_validate(spec.options)))
+        return cls(**dict(create_model(cls.__name__, __config__=ConfigDict(allow_inf_nan=False), **fields).model_validate(spec.options)))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])

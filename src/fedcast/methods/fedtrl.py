@@ -143,6 +143,10 @@ class FedTRL(Method):
         names = ("prototype", "deviation") if self.barycentre == "wasserstein" else ("prototype",)
         return dict.fromkeys(names, (config.d_model,))
 
+    def message_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Declare the barycentre, ``[d]``."""
+        return {"prototype": (config.d_model,)}
+
     def message(self, server: Server, site: str) -> dict[str, Tensor]:
         """Send the shared weights and, from round 2 on, the barycentre."""
         tensors = {"shared": server.shared}

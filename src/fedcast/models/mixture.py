@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedcast.errors import ModelError
+from fedcast.errors import CheckpointError, ModelError
 from fedcast.models.base import QUANTILES, Forecast, ModelConfig, Output
 from fedcast.models.files import Document, check_tensors, read_config, read_model, write_model
 from fedcast.models.patch import Encoded, PatchTransformer, roll
@@ -124,14 +124,17 @@ class DomainMixture(nn.Module):
             return torch.full((context.shape[0], len(self.experts)), 1 / len(self.experts), device=context.device)
         seen = mask[:, -tail:] & context[:, -tail:].isfinite()  # [B, P]
         truth = torch.where(seen, context[:, -tail:], 0.0)
+        head, head_mask = context[:, :-tail], mask[:, :-tail]
+        judged = seen.any(dim=1) & (head_mask & head.isfinite()).any(dim=1)  # [B]
         scale = self._expert(0).tokens(context, mask).scale
         levels = truth.new_tensor(QUANTILES)
         errors = []
-        for output in self._all(context[:, :-tail], mask[:, :-tail], tail):
+        for output in self._all(head, head_mask, tail):
             gap = truth - output.loc - output.scale * output.quantiles.permute(2, 0, 1)  # [9, B, P]
             loss = torch.maximum(levels[:, None, None] * gap, (levels[:, None, None] - 1) * gap).mean(0) / scale
             errors.append(2 * (loss * seen).sum(1) / seen.sum(1).clamp_min(1))
-        return torch.softmax(-SHARPNESS * torch.stack(errors, dim=1), dim=1)
+        error = torch.stack(errors, dim=1).nan_to_num(nan=1e6, posinf=1e6)  # [B, K]
+        return torch.softmax(-SHARPNESS * torch.where(judged[:, None], error, 0.0), dim=1)
 
     def forward(self, context: Tensor, mask: Tensor, horizon: int) -> Forecast:
         """Forecast in data units, for any horizon; see :meth:`PatchTransformer.forward`."""
@@ -173,6 +176,8 @@ class DomainMixture(nn.Module):
         with torch.device("meta"):
             expected = PatchTransformer(config).state_dict()
         encoder = [key for key in expected if key.startswith("encoder.")]
+        if len(set(document.experts)) < len(document.experts):
+            raise CheckpointError(f"{path} names an expert twice", hint="save the model again with this version of fedcast")
         first, *others = document.experts
         one = all(f"{name}/{key}" not in state for name in others for key in encoder)
         wanted = {

@@ -9,12 +9,13 @@ import pandas as pd
 
 from fedcast.errors import RunError
 from fedcast.run.folder import RunFolder
+from fedcast.spec import RunSpec
 
 
 def compare(runs: Sequence[str | Path]) -> pd.DataFrame:
     """Return the test scores of runs in one frame.
 
-    The trained model's rows carry the run's name where two runs trained by the same method with other options; a baseline that
+    The trained model's rows carry the run's name where two runs trained by the same method with other settings; a baseline that
     was scored in several runs over the same data stands there once.
 
     Parameters
@@ -32,23 +33,36 @@ def compare(runs: Sequence[str | Path]) -> pd.DataFrame:
     RunError
         When a folder is no complete run, or the runs were scored on different data or windows.
     """
-    frames = []
+    frames: list[pd.DataFrame] = []
+    shares: set[tuple[float, float]] = set()
     for path in runs:
         folder = RunFolder(path)
         spec = folder.spec()
         rows = folder.results()
         if rows.empty:
             raise RunError(f"{path} has no results yet", hint=f"finish it with `fedcast pretrain {path}/spec.toml -o {path}`")
-        frames.append(rows.assign(run=spec.name))
+        frames.append(rows.assign(run=spec.name, settings=_settings(spec)))
+        shares.add((spec.data.validation, spec.data.test))
     if not frames:
         raise RunError("no run to compare", hint="name one or more run folders")
     rows = pd.concat(frames, ignore_index=True)
     for column in ("data_fingerprint", "horizon", "context"):
         if rows[column].nunique() > 1:
             raise RunError(f"the runs differ in {column}", hint="compare runs over the same data and horizon")
+    for column in ("held_out", "windows"):
+        differs = rows.groupby("domain")[column].nunique() > 1
+        if differs.any():
+            raise RunError(f"the runs differ in {column} of domain {differs.idxmax()!r}", hint="compare runs that were scored alike")
     trained = rows["model"] == rows["method"]
-    settings = rows[trained].groupby("model")["options"].nunique()
+    settings = rows[trained].groupby("model")["settings"].nunique()
     ambiguous = trained & rows["model"].isin(settings[settings > 1].index)
     rows.loc[ambiguous, "model"] = rows["run"]
+    if len(shares) > 1:
+        raise RunError("the runs split their series differently", hint="compare runs with the same data.validation and data.test")
     # The same baseline on the same windows: one score, whichever run it came from.
-    return rows[trained | ~rows.duplicated(["model", "domain", "seed"])].reset_index(drop=True)
+    return rows[trained | ~rows.duplicated(["model", "domain", "seed"])].drop(columns="settings").reset_index(drop=True)
+
+
+def _settings(spec: RunSpec) -> str:
+    """Return what makes two runs of one method different models: everything but name, seed, fleet and workers."""
+    return spec.model_copy(update={"seed": 0}).fingerprint()

@@ -6,6 +6,7 @@ import torch
 
 from fedcast.data.splits import split_by_time
 from fedcast.data.windows import WindowSampler
+from fedcast.errors import RunError
 from fedcast.models.forecaster import load_model
 from fedcast.models.mixture import DomainMixture
 from fedcast.run.folder import RunFolder
@@ -22,14 +23,18 @@ def gradient_conflict(folder: RunFolder) -> tuple[float, float]:
     (fedtrl.md A7, motivation figure). Where decoders are personal, each domain's gradient is taken through its own.
     """
     spec = folder.spec()
-    final = load_model(folder.final)
+    if spec.data.partition != "domain":
+        raise RunError("domains' gradients need one site a domain", hint="choose a run with data.partition = 'domain'")
     task = ForecastTask()
     gradients = []
     for name, store in sorted(load_training(spec.data).items()):
         splits = split_by_time(store, horizon=spec.model.horizon, validation=spec.data.validation, test=spec.data.test)
         sampler = WindowSampler(store, splits, context=spec.model.context, horizon=spec.model.horizon)
         batch = sampler.gather(sampler.evaluation("validation", _PROBES))
-        model = final.expert(name) if isinstance(final, DomainMixture) else final
+        own = folder.sites / name / "model"
+        model = load_model(own if own.is_dir() else folder.final)
+        if isinstance(model, DomainMixture):
+            raise RunError(f"site {name} has no model of its own", hint="finish the run, and keep data.partition = 'domain'")
         encoder = [parameter for key, parameter in model.named_parameters() if key.startswith("encoder.")]
         loss = task.loss(model.normalised(batch.context, batch.mask, spec.model.horizon), batch)
         pieces = torch.autograd.grad(loss, encoder)

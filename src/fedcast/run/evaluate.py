@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pandas as pd
 
-from fedcast.data.catalogue import load_domains
+from fedcast.data.catalogue import load_domains, split_domains
 from fedcast.data.frames import read_frame
 from fedcast.data.splits import split_by_time
 from fedcast.data.store import SeriesStore
-from fedcast.errors import ModelError
+from fedcast.errors import ModelError, UnknownNameError
 from fedcast.evaluate.baselines import baseline_forecast
 from fedcast.evaluate.metrics import score
 from fedcast.evaluate.windows import evaluation_set
 from fedcast.models.forecaster import Forecaster
-from fedcast.spec import DataSpec
+from fedcast.run.folder import RunFolder
+from fedcast.spec import DataSpec, RunSpec
 from fedcast.version import __version__, code_version
 
 
@@ -34,7 +37,7 @@ def evaluate(
     target: str | None = None,
     freq: str | None = None,
 ) -> pd.DataFrame:
-    """Score a model, and baselines beside it, on the last 20 % of every series.
+    """Score a model, and baselines beside it, on the test part of every series: that of the model's own run, else the last 20 %.
 
     Parameters
     ----------
@@ -56,7 +59,8 @@ def evaluate(
     Returns
     -------
     pandas.DataFrame
-        Result rows, one a model and domain.
+        Result rows, one a model and domain; ``held_out`` says whether the run of the model never trained on the domain, and is
+        ``None`` where that cannot be known.
 
     Raises
     ------
@@ -67,24 +71,48 @@ def evaluate(
     steps = horizon if horizon is not None else forecaster.model.config.horizon
     if steps < 1:
         raise ModelError(f"a horizon of {steps} steps is none", hint="ask for at least 1 step")
+    spec = RunFolder(model).spec() if (Path(model) / "spec.toml").is_file() else None
+    origin = _Origin.of(spec, str(data))
     columns = {"time": time, "id": id, "target": target, "freq": freq}
     path = Path(data)
     if path.is_file():
         name = path.name.split(".")[0]
+        for domain in domains:
+            if domain != name:
+                raise UnknownNameError.of("domain", domain, [name])
         stores = {name: SeriesStore.from_frames(name, {path.name: read_frame(path, **columns)})}
     else:
         stores = load_domains(DataSpec(source=str(data), domains=tuple(domains), **columns), list(domains) or None)
     rows = []
     for domain, store in sorted(stores.items()):
-        rows += _score_domain(forecaster, domain, store, steps, windows, baselines)
+        rows += _score_domain(forecaster, domain, store, steps, windows, baselines, origin)
     return pd.DataFrame(rows)
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """What is known of how a model was trained: the split of the series, and the domains; ``None`` where it cannot be known."""
+
+    validation: float = 0.1
+    test: float = 0.2
+    trained: frozenset[str] | None = None
+    seed: int | None = None
+
+    @classmethod
+    def of(cls, spec: RunSpec | None, source: str) -> _Origin:
+        if spec is None:
+            return cls()
+        trained = frozenset(split_domains(spec.data)[0]) if spec.data.source == source else None
+        # The run's own split: with another one, test windows could lie in what it was trained on.
+        return cls(spec.data.validation, spec.data.test, trained, spec.seed)
+
+
 def _score_domain(
-    forecaster: Forecaster, domain: str, store: SeriesStore, horizon: int, windows: int, baselines: Sequence[str]
+    forecaster: Forecaster, domain: str, store: SeriesStore, horizon: int, windows: int, baselines: Sequence[str], origin: _Origin
 ) -> list[dict[str, Any]]:
+    start = perf_counter()
     context = forecaster.model.config.context
-    splits = split_by_time(store, horizon=horizon, validation=0.1, test=0.2)
+    splits = split_by_time(store, horizon=horizon, validation=origin.validation, test=origin.test)
     test = evaluation_set(store, splits, "test", context=context, horizon=horizon, limit=windows)
     forecast = forecaster.predict_arrays(test.context, horizon)
     scored = {"model": score(test, forecast.point, forecast.quantiles)}
@@ -92,16 +120,18 @@ def _score_domain(
     shared = {
         "kind": "result",
         "domain": domain,
-        "held_out": True,
+        "held_out": None if origin.trained is None else domain not in origin.trained,
         "part": "test",
         "task": "forecast",
         "windows": len(test.target),
         "horizon": horizon,
         "context": context,
-        "seed": 0,
+        "seed": origin.seed,
         "method": "model",
         "data_fingerprint": store.fingerprint,
         "version": __version__,
         "code": code_version(),
+        "wall_seconds": perf_counter() - start,
+        "bytes_total": 0,
     }
     return [{**shared, "model": name, **scores} for name, scores in scored.items()]

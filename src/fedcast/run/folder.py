@@ -83,8 +83,12 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder: two processes in one run folder would overwrite each other's checkpoints."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as file:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be written to: {error.strerror}", hint="choose another --output") from error
+        with lock as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -120,7 +124,7 @@ class RunFolder:
     def append(self, row: dict[str, Any]) -> None:
         """Append a row."""
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def rows(self, kind: str | None = None) -> list[dict[str, Any]]:
         """Read the rows, all or of one kind; a last line that a kill cut short is left out."""

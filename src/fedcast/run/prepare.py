@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from fedcast.data.catalogue import domain_names, load_domains
+from fedcast.data.catalogue import load_domains, split_domains
 from fedcast.data.partition import partition
 from fedcast.data.splits import split_by_time
 from fedcast.data.store import SeriesStore
 from fedcast.data.windows import WindowSampler
-from fedcast.errors import SpecError, UnknownNameError
+from fedcast.errors import SpecError, SplitError
 from fedcast.federated.fleet import Fleet, ThreadFleet
 from fedcast.federated.site import Site, SiteRole
 from fedcast.federated.workers import ProcessFleet
@@ -35,6 +35,8 @@ class Prepared:
         Role and series of each site.
     samples
         Training points of each site that trains: what the screen lets it claim at most.
+    left_out
+        How many series of a site are too short to be split, where any are.
     fingerprint
         SHA-256 over the data of all sites.
     """
@@ -42,6 +44,7 @@ class Prepared:
     roles: dict[str, SiteRole]
     stores: dict[str, SeriesStore]
     samples: dict[str, int]
+    left_out: dict[str, int]
     fingerprint: str
 
 
@@ -55,7 +58,7 @@ def prepare(spec: RunSpec, method: Method) -> Prepared:
     UnknownNameError
         When the source has no domain of that name.
     """
-    training, held_out = choose_domains(spec.data)
+    training, held_out = split_domains(spec.data)
     loaded = load_domains(spec.data, [*training, *held_out])
     data = spec.data
     clients = partition(
@@ -66,53 +69,47 @@ def prepare(spec: RunSpec, method: Method) -> Prepared:
         imbalance=data.imbalance,
         seed=spec.seed,
     )
-    clash = set(clients) & ({*held_out} | ({POOL} if method.pooled else set()))
-    if clash:
-        raise SpecError(f"{', '.join(sorted(clash))} names both a client and something else", hint="rename that domain's file or folder")
     roles = {name: SiteRole(name, trains=not method.pooled) for name in clients}
     stores = dict(clients)
+    if data.partition != "domain":
+        # Clients cut across domains, scores do not: the domains themselves evaluate.
+        roles = {name: replace(role, evaluates=False) for name, role in roles.items()}
+        others = {name: SiteRole(name, trains=False) for name in training}
+    else:
+        others = {}
+    others |= {name: SiteRole(name, trains=False, held_out=True) for name in held_out}
     if method.pooled:
         stores[POOL] = SeriesStore.concat([(store, np.arange(len(store.ids))) for _, store in sorted(clients.items())])
         # As many steps as the selected sites of a federation would take together.
-        selected = max(1, round(spec.federation.participation * len(clients)))
-        roles[POOL] = SiteRole(POOL, trains=True, evaluates=False, step_multiplier=selected)
-    for name in held_out:
-        stores[name] = loaded[name]
-        roles[name] = SiteRole(name, trains=False, held_out=True)
-    samples = {name: _points(stores[name], spec) for name, role in roles.items() if role.trains}
+        selected = spec.federation.selected(len(clients))
+        others[POOL] = SiteRole(POOL, evaluates=False, step_multiplier=selected, epoch_share=selected / len(clients))
+    clash = set(roles) & set(others)
+    if clash:
+        raise SpecError(f"{', '.join(sorted(clash))} names both a client and something else", hint="rename that domain's file or folder")
+    roles |= others
+    stores |= {name: loaded[name] for name in others if name != POOL}
+    # Every site is looked at before anything trains: a domain that is too short must not fail at the end of a long run.
+    samplers = {name: _sampler(name, stores[name], spec) for name in roles}
+    samples = {name: samplers[name].n_points for name, role in roles.items() if role.trains}
+    left_out = {name: int((~sampler.splits.kept).sum()) for name, sampler in samplers.items()}
     hasher = hashlib.sha256()
     for name in sorted({*training, *held_out}):
         hasher.update(f"{name}:{loaded[name].fingerprint}\n".encode())
-    return Prepared(roles, stores, samples, hasher.hexdigest())
-
-
-def choose_domains(data: DataSpec) -> tuple[list[str], list[str]]:
-    """Return the names of the domains to train on and of those held out."""
-    known = domain_names(data.source)
-    held_out = list(data.held_out)
-    for name in [*held_out, *data.domains]:
-        if name not in known:
-            raise UnknownNameError.of("domain", name, known)
-    training = list(data.domains) or [name for name in known if name not in held_out]
-    both = sorted(set(training) & set(held_out))
-    if both:
-        raise SpecError(
-            f"{', '.join(both)} is both trained on and held out", hint="name it in data.domains or in data.held_out, not in both"
-        )
-    if not training:
-        raise SpecError(f"{data.source} leaves no domain to train on", hint="hold out fewer domains, or add data")
-    return training, held_out
+    return Prepared(roles, stores, samples, {name: count for name, count in left_out.items() if count}, hasher.hexdigest())
 
 
 def load_training(data: DataSpec) -> dict[str, SeriesStore]:
     """Return the series of the domains that a spec trains on."""
-    training, _ = choose_domains(data)
+    training, _ = split_domains(data)
     return load_domains(data, training)
 
 
-def _points(store: SeriesStore, spec: RunSpec) -> int:
-    splits = split_by_time(store, horizon=spec.model.horizon, validation=spec.data.validation, test=spec.data.test)
-    return WindowSampler(store, splits, context=spec.model.context, horizon=spec.model.horizon).n_points
+def _sampler(site: str, store: SeriesStore, spec: RunSpec) -> WindowSampler:
+    try:
+        splits = split_by_time(store, horizon=spec.model.horizon, validation=spec.data.validation, test=spec.data.test)
+    except SplitError as error:
+        raise SplitError(f"site {site}: {error.message}", hint=error.hint) from error
+    return WindowSampler(store, splits, context=spec.model.context, horizon=spec.model.horizon)
 
 
 def start_fleet(spec: RunSpec, method: Method, prepared: Prepared, folder: RunFolder) -> Fleet:

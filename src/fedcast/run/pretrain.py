@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -111,6 +112,7 @@ def _about(spec: RunSpec, prepared: Prepared) -> dict[str, Any]:
         "spec_fingerprint": spec.fingerprint(),
         "data_fingerprint": prepared.fingerprint,
         "precision": resolve_precision(spec.training.precision),
+        "series_left_out": prepared.left_out,
         "version": __version__,
         "code": code_version(),
         "torch": torch.__version__,
@@ -139,6 +141,7 @@ class _Pretraining:
         checkpoints = Checkpoints(self._folder.checkpoints)
         progress = (checkpoints.load(self._server) if resume else None) or Progress()
         self._folder.rewind(self._server.round, progress.rows)
+        threads = torch.get_num_threads()
         fleet = start_fleet(self._spec, self._method, self._prepared, self._folder)
         try:
             loop = RoundLoop(
@@ -157,6 +160,7 @@ class _Pretraining:
             self._finish(loop, progress)
         finally:
             fleet.close()
+            torch.set_num_threads(threads)
         self._observer.finish()
 
     def _finish(self, loop: RoundLoop, progress: Progress) -> None:
@@ -173,14 +177,17 @@ class _Pretraining:
         else:
             answers |= loop.evaluate(unseen, {"part": "test", "baselines": True})
         rows, samples = [], []
+        shared = self._row_of_run(progress)
         for site, reply in answers.items():
-            rows += self._result_rows(roles[site], reply, progress)
+            rows += self._result_rows(roles[site], reply, shared)
             samples += [{**sample, "held_out": roles[site].held_out} for sample in reply.meta["samples"]]
         for row in rows:
             self._folder.append(row)
             self._observer.row(row)
         write_text(self._folder.path / "samples.json", json.dumps(samples))
-        pd.DataFrame(rows).to_parquet(self._folder.path / "results.parquet")
+        aside = self._folder.path / "results.parquet.aside"
+        pd.DataFrame(rows).to_parquet(aside)
+        os.replace(aside, self._folder.path / "results.parquet")
 
     def _average(self, loop: RoundLoop, sites: Sequence[str], models: Sequence[Tensor]) -> dict[str, Reply]:
         """Score every site's own model on unseen domains and average the scores."""
@@ -192,23 +199,19 @@ class _Pretraining:
             mean[site] = Reply(meta={**answers[0][site].meta, "scores": average})
         return mean
 
-    def _result_rows(self, role: SiteRole, reply: Reply, progress: Progress) -> list[dict[str, Any]]:
+    def _row_of_run(self, progress: Progress) -> dict[str, Any]:
+        """Return what all result rows of a run have in common."""
         spec = self._spec
-        name = self._method.name
-        scored: dict[str, Mapping[str, float]] = {name: reply.meta["scores"], **reply.meta["baselines"]}
         steps = sum(int(s["steps"]) for row in self._folder.rows("round") for s in row["sites"].values())
-        shared = {
+        return {
             "kind": "result",
-            "domain": role.name,
-            "held_out": role.held_out,
             "part": "test",
             "task": "forecast",
-            "windows": reply.meta["windows"],
             "horizon": spec.model.horizon,
             "context": spec.model.context,
             "size": spec.model.size,
             "seed": spec.seed,
-            "method": name,
+            "method": self._method.name,
             "options": json.dumps(spec.method.options, sort_keys=True),
             "data_fingerprint": self._prepared.fingerprint,
             "spec_fingerprint": self._folder.about()["spec_fingerprint"],
@@ -220,14 +223,23 @@ class _Pretraining:
             "wall_seconds": progress.seconds,
             "bytes_total": progress.bytes_up + progress.bytes_down,
         }
-        return [{**shared, "model": model, **{k: _number(v) for k, v in scores.items()}} for model, scores in scored.items()]
+
+    def _result_rows(self, role: SiteRole, reply: Reply, shared: Mapping[str, Any]) -> list[dict[str, Any]]:
+        scored: dict[str, Mapping[str, float]] = {self._method.name: reply.meta["scores"], **reply.meta["baselines"]}
+        own = {"domain": role.name, "held_out": role.held_out, "windows": reply.meta["windows"]}
+        return [
+            {**shared, **own, "model": name, **{key: _number(value) for key, value in scores.items()}} for name, scores in scored.items()
+        ]
 
     def _save_unseen(self, folder: Path) -> None:
         """Write the model that serves domains no site has seen; one model a site where the method has no such model."""
         server, unseen = self._server, self._method.unseen()
-        if unseen == "mixture":
-            build_mixture(ModelConfig.of(self._spec.model), server.layout, server.shared, server.experts).save_pretrained(folder)
+        if unseen == "mixture" and server.experts:
+            # In the order of the sites' names, not of their last replies, which a resume would not remember.
+            experts = dict(sorted(server.experts.items()))
+            build_mixture(ModelConfig.of(self._spec.model), server.layout, server.shared, experts).save_pretrained(folder)
         elif unseen == "each":
+            # Exported on the last round only: before it there is nothing to save.
             for site, private in server.experts.items():
                 self._save_model(private, folder / site)
         else:
