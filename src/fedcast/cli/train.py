@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fedcast.cli.options import Json
-from fedcast.cli.output import emit, print_results, records
+from fedcast.cli.output import emit, note, print_results, records
 from fedcast.errors import RunError
 
 # What a run that was stopped before its first round leaves behind.
@@ -35,11 +35,16 @@ def pretrain(
     check_run_folder(output or Path("runs") / described.name)
     from fedcast.report.console import ProgressObserver
     from fedcast.report.page import write_report
+    from fedcast.run.folder import RunFolder
     from fedcast.run.pretrain import pretrain as train
 
     run = train(described, output=output, observer=None if json else ProgressObserver())
     page = write_report(run.folder)
     results = run.results()
+    left_out = RunFolder(run.folder).about()["series_left_out"]
+    if left_out:
+        counts = ", ".join(f"{site} {count}" for site, count in left_out.items())
+        note(f"series too short to train, validate and test on were left out: {counts}", hint="lower model.horizon to keep them")
     if json:
         emit({"run": run.folder, "final": run.final, "best": run.best, "report": page, "results": records(results)})
         return
