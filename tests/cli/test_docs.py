@@ -59,9 +59,7 @@ def _script(block: Block) -> list[str]:
     return ["bash", "-euo", "pipefail", "-c", "\n".join(lines)]
 
 
-RUNNABLE = [
-    pytest.param(page, marks=[] if page.name == "README.md" else pytest.mark.slow, id=page.name) for page in PAGES if blocks_of(page)
-]
+RUNNABLE = [pytest.param(page, id=page.name) for page in PAGES if blocks_of(page)]
 
 
 @pytest.mark.parametrize("page", RUNNABLE)

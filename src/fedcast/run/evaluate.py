@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -73,20 +73,22 @@ def evaluate(
         raise ModelError(f"a horizon of {steps} steps is none", hint="ask for at least 1 step")
     spec = RunFolder(model).spec() if (Path(model) / "spec.toml").is_file() else None
     origin = _Origin.of(spec, str(data))
-    columns = {"time": time, "id": id, "target": target, "freq": freq}
-    path = Path(data)
-    if path.is_file():
-        name = path.name.split(".")[0]
-        for domain in domains:
-            if domain != name:
-                raise UnknownNameError.of("domain", domain, [name])
-        stores = {name: SeriesStore.from_frames(name, {path.name: read_frame(path, **columns)})}
-    else:
-        stores = load_domains(DataSpec(source=str(data), domains=tuple(domains), **columns), list(domains) or None)
+    stores = _load(str(data), domains, {"time": time, "id": id, "target": target, "freq": freq})
     rows = []
     for domain, store in sorted(stores.items()):
         rows += _score_domain(forecaster, domain, store, steps, windows, baselines, origin)
     return pd.DataFrame(rows)
+
+
+def _load(data: str, domains: Sequence[str], columns: Mapping[str, str | None]) -> dict[str, SeriesStore]:
+    path = Path(data)
+    if not path.is_file():
+        return load_domains(DataSpec(source=data, domains=tuple(domains), **columns), list(domains) or None)
+    name = path.name.split(".")[0]
+    for domain in domains:
+        if domain != name:
+            raise UnknownNameError.of("domain", domain, [name])
+    return {name: SeriesStore.from_frames(name, {path.name: read_frame(path, **columns)})}
 
 
 @dataclass(frozen=True)
