@@ -13,7 +13,7 @@ class FedAvgEncoder(Method):
     """Only the encoder travels; domains that no site has seen get the mean of the sites' decoders and heads."""
 
     name: ClassVar[str] = "fedavg_encoder"
-    summary: ClassVar[str] = "average of encoders; decoder and heads stay at their site"
+    summary: ClassVar[str] = "average of encoders; each site trains its own decoder and heads"
 
     serving: Literal["shadow", "mixture"] = hyper("shadow", "unseen domains: mean of the sites' decoders, or their mixture")
 
