@@ -111,7 +111,9 @@ def test_when_an_error_carries_a_code_then_the_process_exits_with_it(monkeypatch
 
 def test_when_a_run_is_interrupted_then_the_hint_says_how_to_resume(tmp_path: Path) -> None:
     code = """
-import sys, time
+import signal, sys, time
+# A shell starts background jobs with Ctrl-C ignored, and a child inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import fedcast.spec
 from fedcast.cli.main import run
 def wait(*_):
