@@ -211,8 +211,9 @@ def main() -> None:
     others = [label for label in CONTROLS if label != MAIN]
     machine = f"{torch.cpu.get_capabilities().get('cpu_name', platform.machine())}, {os.cpu_count()} cores, torch {torch.__version__}"
     machine += f", precision {RunFolder(next(iter(runs.values())).folder).about()['precision']}"
+    commits = ", ".join(sorted({str(code)[:12] for code in scores.code}))
     tables = {
-        "set-up": f"Command: `make evidence` ({arguments.seeds} seeds: {', '.join(map(str, range(arguments.seeds)))}). Machine: {machine}.",
+        "set-up": f"Command: `make evidence` (seeds 0 to {arguments.seeds - 1}). Machine: {machine}. Code: {commits}.",
         "summary": summary(scores, [*CONTROLS, *SERVED, REFERENCE]),
         "held-out": differences(scores, [*others, *SERVED, REFERENCE], held_out=True),
         "in-domain": differences(scores, [*others, REFERENCE], held_out=False),

@@ -242,3 +242,15 @@ def test_when_bundled_domains_are_sampled_then_every_batch_is_finite_and_has_som
             assert torch.isfinite(batch.target).all()
             assert batch.mask.any(dim=1).all()
             assert batch.target_mask.any(dim=1).all()
+
+
+def test_when_a_batch_is_split_then_the_pieces_are_its_rows() -> None:
+    store, splits = _uneven()
+    sampler = WindowSampler(store, splits, context=64, horizon=24)
+    windows = sampler.draw(12, np.random.default_rng(0))
+    pieces = list(sampler.gather(windows).split(5))
+    assert [len(piece.windows) for piece in pieces] == [5, 5]
+    for index, piece in enumerate(pieces):
+        alone = sampler.gather(Windows(windows.series[5 * index : 5 * index + 5], windows.end[5 * index : 5 * index + 5]))
+        for name in ("context", "mask", "target", "target_mask", "dataset", "domain"):
+            assert torch.equal(getattr(piece, name), getattr(alone, name))

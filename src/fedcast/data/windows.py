@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,6 +69,20 @@ class Batch:
     windows: Windows
     dataset: Tensor
     domain: Tensor
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """Yield pieces of ``size`` rows, which are views of this batch; what is left over at the end is left out."""
+        for start in range(0, len(self.windows) - size + 1, size):
+            rows = slice(start, start + size)
+            yield Batch(
+                context=self.context[rows],
+                mask=self.mask[rows],
+                target=self.target[rows],
+                target_mask=self.target_mask[rows],
+                windows=Windows(self.windows.series[rows], self.windows.end[rows]),
+                dataset=self.dataset[rows],
+                domain=self.domain[rows],
+            )
 
 
 class WindowSampler:

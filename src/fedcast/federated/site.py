@@ -33,6 +33,7 @@ from fedcast.training.precision import resolve_precision
 
 _MOMENTS = "moments."
 _METHOD = "method."
+_AHEAD = 8
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class Site:
         record = train(
             workspace.parameters,
             workspace.optimiser,
-            self._batches(client.rng),
+            self._batches(client.rng, steps),
             lambda batch: self._method.local_loss(client, batch),
             steps=steps,
             rate=lambda step: learning_rate(self._spec.training, done + step, total),
@@ -200,10 +201,12 @@ class Site:
             _memory=self._memory,
         )
 
-    def _batches(self, rng: np.random.Generator) -> Iterator[Batch]:
+    def _batches(self, rng: np.random.Generator, steps: int) -> Iterator[Batch]:
         size = self._spec.training.batch_size
-        while True:
-            yield self._sampler.gather(self._sampler.draw(size, rng))
+        for start in range(0, steps, _AHEAD):
+            # Several steps' windows at once: a draw costs as much for eight batches as for one.
+            count = min(_AHEAD, steps - start)
+            yield from self._sampler.gather(self._sampler.draw(size * count, rng)).split(size)
 
     def _keep(self, round_: int, client: Client, workspace: Workspace, keeps: bool) -> None:
         state = {f"{_METHOD}{name}": value for name, value in client.state.items()}
