@@ -5,6 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fedcast.federated.messages import Task
+from fedcast.federated.workspace import model_layout
+from fedcast.methods.base import build_method
+from fedcast.run.folder import RunFolder
+from fedcast.run.prepare import prepare, start_fleet
 from fedcast.run.pretrain import Run, pretrain
 from fedcast.spec import RunSpec, parse_spec
 
@@ -12,7 +17,9 @@ DOMAINS = ("energy", "health", "medical")
 HELD_OUT = ("transport",)
 
 
-def small_spec(method: str = "fedtrl", *, workers: int = 2, fleet: str = "threads", rounds: int = 3, **options: Any) -> RunSpec:
+def small_spec(
+    method: str = "fedtrl", *, workers: int = 2, fleet: str = "threads", rounds: int = 3, local_steps: int = 4, **options: Any
+) -> RunSpec:
     """Return the spec of a small federation over bundled data."""
     return parse_spec(
         {
@@ -22,7 +29,7 @@ def small_spec(method: str = "fedtrl", *, workers: int = 2, fleet: str = "thread
             "model": {"size": "nano", "context": 64, "horizon": 16},
             "method": {"name": method, **options},
             "training": {"batch_size": 8, "learning_rate": 2e-3, "precision": "float32"},
-            "federation": {"rounds": rounds, "local_steps": 4, "workers": workers, "fleet": fleet},
+            "federation": {"rounds": rounds, "local_steps": local_steps, "workers": workers, "fleet": fleet},
             "evaluation": {"windows": 8, "validation_windows": 8, "every": 2, "samples": 1},
         }
     )
@@ -31,3 +38,15 @@ def small_spec(method: str = "fedtrl", *, workers: int = 2, fleet: str = "thread
 def train_small(spec: RunSpec, folder: Path) -> Run:
     """Train a spec into a folder of its own."""
     return pretrain(spec, output=folder / "run")
+
+
+def untrained_loss(spec: RunSpec, folder: Path) -> float:
+    """Return the mean validation loss of the spec's model before any training."""
+    method = build_method(spec.method)
+    prepared = prepare(spec, method)
+    layout, initial = model_layout(spec, method)
+    fleet = start_fleet(spec, method, prepared, RunFolder(folder))
+    task = Task("evaluate", 0, {"shared": initial[: layout.shared_size]}, {"part": "validation"})
+    replies = dict(fleet.run(dict.fromkeys(DOMAINS, task), None))
+    fleet.close()
+    return sum(float(reply.meta["loss"]) for reply in replies.values()) / len(DOMAINS)
