@@ -48,7 +48,9 @@ class DataSpec(_Section):
 class ModelSpec(_Section):
     """The native patch transformer's size and shape."""
 
-    size: Literal["nano", "tiny", "small", "base"] = Field("nano", description="about 0.5M, 3M, 20M, 80M parameters")
+    size: Literal["nano", "micro", "tiny", "mini", "small", "base"] = Field(
+        "nano", description="about 0.5M, 1M, 3M, 8M, 20M, 80M parameters"
+    )
     context: int = Field(256, ge=16, description="longest context, in time steps")
     horizon: int = Field(64, ge=1, description="steps forecast in one pass; longer horizons are rolled")
     patch: int = Field(16, ge=1, description="time steps a patch")

@@ -75,11 +75,13 @@ class _Shape(NamedTuple):
 
 SIZES: dict[str, _Shape] = {
     "nano": _Shape(128, 4, 2, 1),
+    "micro": _Shape(128, 4, 4, 1),
     "tiny": _Shape(256, 4, 3, 1),
+    "mini": _Shape(384, 6, 4, 1),
     "small": _Shape(512, 8, 5, 2),
     "base": _Shape(768, 12, 9, 3),
 }
-"""Width, heads and depth by size name: about 0.5M, 3M, 20M and 80M parameters."""
+"""Width, heads and depth by size name: about 0.5M, 1M, 3M, 8M, 20M and 80M parameters."""
 
 
 @dataclass(frozen=True)
