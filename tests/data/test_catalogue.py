@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from fedcast.cache import cache_folder
 from fedcast.data import catalogue
 from fedcast.data.catalogue import (
     DEFAULT_HELD_OUT,
-    cache_folder,
     catalogue_frames,
     domain_names,
     load_catalogue,

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from fedcast.cli import predict, prepare, results, train
+from fedcast.cli import machine, predict, prepare, results, train
 from fedcast.cli.flags import SpecCommand
 from fedcast.cli.output import emit, fail, note
 from fedcast.errors import FedcastError
@@ -43,7 +43,8 @@ _add(predict.forecast, "Training and forecasting")
 _add(predict.evaluate, "Training and forecasting")
 _add(results.compare, "Results")
 _add(results.report, "Results")
-_add(prepare.version, "Results")
+_add(machine.machine, "This installation")
+_add(prepare.version, "This installation")
 
 
 def _print_version(value: bool) -> None:

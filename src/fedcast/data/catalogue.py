@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import resources
@@ -24,6 +23,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
+from fedcast.cache import cache_folder
 from fedcast.data.frames import Columns, LongFrame, domain_files, read_frame
 from fedcast.data.store import SeriesStore
 from fedcast.errors import SourceError, SpecError, UnknownNameError
@@ -217,18 +217,6 @@ def raw_folder() -> Path:
     if not folder.is_dir():
         raise SourceError(f"FEDCAST_DATA names {folder}, which is not a folder", hint=hint)
     return folder
-
-
-def cache_folder() -> Path:
-    """Return the folder of built stores: ``FEDCAST_CACHE``, or the platform's cache folder for fedcast."""
-    value = os.environ.get("FEDCAST_CACHE", "")
-    if value:
-        return Path(value).expanduser()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local")) / "fedcast"
-    if sys.platform == "darwin":
-        return Path.home() / "Library/Caches/fedcast"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedcast"
 
 
 def catalogue_frames(domain: str) -> dict[str, LongFrame]:
