@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from fedcast.kernels import library
+
 settings.register_profile("fedcast", deadline=None, derandomize=True, print_blob=False)
 settings.load_profile("fedcast")
 
@@ -25,3 +27,24 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("FEDCAST_DATA is not set")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def kernels_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder with the native kernels compiled; what needs it is skipped by name where they cannot be."""
+    if not library.supported():
+        pytest.skip("this processor has no AVX-512 with bfloat16 products")
+    if library.compiler() is None:
+        pytest.skip("there is no C++ compiler")
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDCAST_CACHE", str(cache))
+        library.build()
+    return cache
+
+
+@pytest.fixture
+def compiled(kernels_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The native kernels are compiled, whatever the person has in the own cache."""
+    monkeypatch.setenv("FEDCAST_CACHE", str(kernels_cache))
+    library.kernels.cache_clear()

@@ -28,7 +28,7 @@ def small_spec(
             "data": {"source": "bundled", "domains": list(DOMAINS), "held_out": list(HELD_OUT)},
             "model": {"size": "nano", "context": 64, "horizon": 16},
             "method": {"name": method, **options},
-            "training": {"batch_size": 8, "learning_rate": 2e-3, "precision": "float32"},
+            "training": {"batch_size": 8, "learning_rate": 2e-3, "precision": "float32", "products": "default"},
             "federation": {"rounds": rounds, "local_steps": local_steps, "workers": workers, "fleet": fleet},
             "evaluation": {"windows": 8, "validation_windows": 8, "every": 2, "samples": 1},
         }

@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fedcast.errors import SpecError, UnknownNameError
 
+_LATER_KEYS = ("products", "kernels", "device", "compile")  # of [training]
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -85,7 +87,17 @@ class TrainingSpec(_Section):
     final_rate: float = Field(0.05, ge=0, le=1, description="learning rate at the end over its peak (schedule 'cosine')")
     moments: Literal["keep", "reset"] = Field("keep", description="whether a site keeps its AdamW moments between rounds")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="compute precision; master weights are float32; 'auto' asks the processor"
+        "auto", description="compute precision; master weights are float32; 'auto' takes the faster one of this machine"
+    )
+    products: Literal["auto", "default", "onednn"] = Field(
+        "auto", description="library of float32 matrix products on the CPU; 'auto' takes the faster one of this machine"
+    )
+    kernels: Literal["auto", "torch", "native"] = Field(
+        "auto", description="what computes a block in bfloat16 on the CPU; 'auto': native where `fedcast machine --build` compiled it"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where models train and are scored; 'auto': CUDA where there is one")
+    compile: bool = Field(
+        False, description="compile the training step with torch.compile: needs a C++ compiler, and pays in long runs only"
     )
 
 
@@ -155,6 +167,10 @@ class RunSpec(_Section):
         del document["name"]
         for key in ("fleet", "workers"):
             del document["federation"][key]
+        # Keys that came later: at their default a run of an older version is still the same run.
+        for key in _LATER_KEYS:
+            if document["training"][key] == TrainingSpec.model_fields[key].default:
+                del document["training"][key]
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import multiprocessing
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.federations import DOMAINS, small_spec, train_small
 
 import fedcast.run.pretrain as pretraining
 from fedcast.errors import QuorumError
 from fedcast.federated.fleet import Fleet, ThreadFleet
+from fedcast.federated.intake import Intake
 from fedcast.federated.messages import Reply, Task
 from fedcast.federated.site import Site
 from fedcast.federated.workspace import Workspaces, model_layout
-from fedcast.methods.base import build_method
+from fedcast.methods.base import Method, Server, build_method
+from fedcast.methods.fedavg import FedAvg
 from fedcast.run.folder import RunFolder
 from fedcast.run.prepare import prepare, start_fleet
 from fedcast.run.pretrain import Run, pretrain
 from fedcast.spec import RunSpec
+from fedcast.training.flat import Layout
 
 
 class Meddling:
@@ -61,6 +66,46 @@ def digest(run: Run) -> str:
     return str(run.results().weights_sha256.iloc[0])
 
 
+class Watching:
+    """A real fleet that counts the vectors of earlier replies that are still in memory when the next one arrives."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self.kept: list[int] = []
+
+    def sites(self) -> list[str]:
+        """Return the names of the sites."""
+        return self._fleet.sites()
+
+    def run(self, tasks: Mapping[str, Task], deadline_s: float | None) -> Iterator[tuple[str, Reply]]:
+        """Run the tasks and look after the replies."""
+        seen: list[weakref.ref[torch.Tensor]] = []
+        for site, reply in self._fleet.run(tasks, deadline_s):
+            self.kept.append(sum(reference() is not None for reference in seen))
+            if "shared" in reply.tensors:
+                seen.append(weakref.ref(reply.tensors["shared"]))
+            yield site, reply
+            del reply
+        self.kept.append(sum(reference() is not None for reference in seen))
+
+    def close(self) -> None:
+        """Close the fleet."""
+        self._fleet.close()
+
+
+def most_kept(monkeypatch: pytest.MonkeyPatch, spec: RunSpec, folder: Path) -> int:
+    watching = []
+    start = pretraining.start_fleet
+
+    def watch(*arguments: object) -> Watching:
+        watching.append(Watching(start(*arguments)))  # type: ignore[arg-type]
+        return watching[0]
+
+    monkeypatch.setattr(pretraining, "start_fleet", watch)
+    train_small(spec, folder)
+    return max(watching[0].kept)
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train_small(small_spec(), tmp_path_factory.mktemp("plain"))
@@ -70,6 +115,36 @@ def test_when_replies_arrive_in_another_order_then_the_bytes_are_the_same(
     plain: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert digest(train_meddled(monkeypatch, small_spec(), tmp_path, reverse=True)) == digest(plain)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedavg_encoder"])
+def test_when_replies_are_averaged_as_they_arrive_then_order_does_not_matter_and_the_mean_is_that_of_all_at_once(
+    method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spec = small_spec(method, rounds=1, local_steps=2)
+    streamed = train_small(spec, tmp_path / "streamed")
+    with monkeypatch.context() as patch:
+        assert digest(train_meddled(patch, spec, tmp_path / "reverse", reverse=True)) == digest(streamed)
+    cls = type(build_method(spec.method))
+    # A method with an `aggregate` of its own gets all updates at once.
+    monkeypatch.setattr(cls, "aggregate", lambda self, server, updates: Method.aggregate(self, server, updates))
+    assert not build_method(spec.method).streams
+    at_once = train_small(spec, tmp_path / "at-once")
+    assert at_once.rows("round")[0]["sites"]["energy"]["weight"] == streamed.rows("round")[0]["sites"]["energy"]["weight"]
+    a, b = (load_file(run.final / "model.safetensors") for run in (streamed, at_once))
+    for name, tensor in a.items():
+        assert torch.allclose(tensor, b[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("fleet", ["threads", "processes"])
+def test_when_a_method_keeps_the_default_mean_then_no_reply_outlives_its_turn(
+    fleet: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert most_kept(monkeypatch, small_spec("fedavg", rounds=2, local_steps=1, fleet=fleet), tmp_path) == 0
+
+
+def test_when_a_method_combines_updates_itself_then_it_gets_all_of_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert most_kept(monkeypatch, small_spec("fedtrl", rounds=1, local_steps=1), tmp_path) == len(DOMAINS)
 
 
 def test_when_worker_processes_carry_the_tasks_then_the_bytes_are_the_same(plain: Run, tmp_path: Path) -> None:
@@ -116,6 +191,64 @@ def test_when_local_epochs_are_asked_for_then_steps_follow_the_site_size(tmp_pat
     sites = pretrain(spec, output=tmp_path / "run").rows("round")[0]["sites"]
     for site in sites.values():
         assert site["steps"] == -(-0.01 * site["samples"] // (8 * 16))
+
+
+def intake() -> Intake:
+    return Intake(FedAvg(), {"a": 10, "b": 30}, {"shared": (2,)})
+
+
+def answer(value: float, samples: int) -> Reply:
+    meta = {"samples": samples, "steps": 1, "loss": 1.0, "seconds": 1.0, "compute_seconds": 1.0, "metrics": {}}
+    return Reply({"shared": torch.full((2,), value)}, meta)
+
+
+def server() -> Server:
+    return Server(Layout(("a",), ((2,),), 1), torch.zeros(2), torch.zeros(0), {}, 1, 1)
+
+
+def test_when_a_site_answers_twice_or_was_not_asked_then_only_its_first_answer_counts() -> None:
+    round_, state = intake(), server()
+    for site, reply in [("a", answer(1.0, 10)), ("c", answer(9.0, 10)), ("a", answer(9.0, 10)), ("b", answer(5.0, 30))]:
+        round_.take(site, reply)
+    round_.aggregate(state)
+    assert state.shared.tolist() == [4.0, 4.0]
+    assert state.log["weights"] == {"a": 0.25, "b": 0.75}
+    assert round_.nbytes == 16
+
+
+def test_when_a_weight_is_beyond_the_range_of_the_exact_mean_then_the_reply_is_dropped() -> None:
+    round_, state = intake(), server()
+    round_.take("a", answer(1.0, 10))
+    round_.take("b", answer(-70_000.0, 30))
+    round_.aggregate(state)
+    assert round_.dropped == {"b": "shared has a value beyond 65536 in magnitude"}
+    assert list(round_.meta) == ["a"]
+    assert state.shared.tolist() == [1.0, 1.0]
+
+
+class Counted:
+    """A site that counts its tasks."""
+
+    samples = 1
+    runs = 0
+
+    class role:  # noqa: N801 - stands for an attribute
+        step_multiplier = 1
+
+    def run(self, task: Task, workspaces: object) -> Reply:
+        """Answer at once."""
+        Counted.runs += 1
+        return Reply(meta={"samples": 1})
+
+
+def test_when_the_server_is_slower_than_the_sites_then_replies_do_not_pile_up() -> None:
+    fleet = ThreadFleet({f"s{i}": Counted() for i in range(9)}, workers=1)  # type: ignore[misc]
+    replies = fleet.run({f"s{i}": Task("train", 1) for i in range(9)}, None)
+    next(replies)
+    time.sleep(0.1)
+    assert Counted.runs <= 2
+    assert len(list(replies)) == 8
+    fleet.close()
 
 
 class Slow:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -66,7 +66,8 @@ def _error(got: Tensor, reference: Tensor) -> float:
     return float((got.float() - reference).norm() / reference.norm())
 
 
-@settings(max_examples=15)
+# the compiled kernels do not change between examples
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     windows=st.integers(1, 4),
     length=st.integers(1, 70),

@@ -107,6 +107,13 @@ def test_when_aggregating_then_barycentre_and_similarity_are_kept() -> None:
     assert math.isclose(weights.sum().item(), 1)
 
 
+def test_when_sites_are_many_then_the_row_of_a_round_does_not_grow_with_their_square() -> None:
+    server = server_of(3)
+    FedTRL().aggregate(server, updates_of(vectors(65, 3, 0), [10] * 65))
+    assert "similarity" not in server.log
+    assert len(server.log["distances"]) == len(server.log["weights"]) == 65
+
+
 def test_when_only_the_encoder_travels_then_nothing_else_is_shared() -> None:
     assert FedTRL().shares("encoder.blocks.0.weight")
     assert not FedTRL().shares("decoder.queries")

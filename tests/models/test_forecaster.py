@@ -1,3 +1,5 @@
+import threading
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -6,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedcast.data.frames import read_frame
-from fedcast.errors import CheckpointError, FrameError, ModelError, QuantileError
+from fedcast.errors import CheckpointError, FrameError, ModelError, QuantileError, UnknownNameError
 from fedcast.models.base import QUANTILES, ModelConfig
 from fedcast.models.forecaster import Forecaster, future_stamps
+from fedcast.models.mixture import DomainMixture
 from fedcast.models.patch import PatchTransformer
 
 CONFIG = ModelConfig(d_model=32, n_heads=2, encoder_layers=1, decoder_layers=1, context=64, horizon=16, patch=8)
@@ -155,10 +158,98 @@ def test_when_a_column_has_the_name_of_a_result_then_it_is_refused(forecaster):
         forecaster.predict(frame, 3, id="shop", time="forecast", target="sales")
 
 
-@pytest.mark.parametrize("options", [{"horizon": 0}, {"horizon": 3, "batch_size": 0}])
+@pytest.mark.parametrize("options", [{"horizon": 0}, {"horizon": 3, "batch_size": 0}, {"horizon": 3, "workers": 0}])
 def test_when_nothing_is_asked_for_then_it_says_so(forecaster, options):
     with pytest.raises(ModelError, match="at least 1"):
         forecaster.predict_arrays([np.zeros(4)], **options)
+
+
+def test_when_a_precision_is_not_known_then_the_nearest_one_is_named(forecaster):
+    with pytest.raises(UnknownNameError, match="did you mean 'bfloat16'"):
+        forecaster.predict_arrays([np.zeros(4)], 3, precision="float16")
+
+
+def noisy_weeks(count, seed, length=80):
+    generator = np.random.default_rng(seed)
+    steps = np.arange(length) + generator.integers(0, 12, (count, 1))
+    return 50 + 10 * np.sin(2 * np.pi * steps / 12) + generator.normal(0, 2, (count, length))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    model = PatchTransformer(CONFIG, seed=4)
+    optimiser, levels = torch.optim.AdamW(model.parameters(), 3e-3), torch.tensor(QUANTILES)
+    for step in range(60):
+        windows = torch.from_numpy(noisy_weeks(32, step)).float()
+        output = model.normalised(windows[:, :64], torch.ones(32, 64, dtype=torch.bool), 16)
+        truth = (windows[:, 64:] - output.loc) / output.scale
+        gap = truth[..., None] - output.quantiles
+        loss = torch.maximum(levels * gap, (levels - 1) * gap).mean() + (truth - output.point).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return Forecaster(model)
+
+
+def test_when_bfloat16_is_asked_for_then_forecasts_are_near_and_scores_nearly_the_same(trained):
+    series = noisy_weeks(300, 999)
+    truth, spread = series[:, 64:], series[:, :64].std(axis=1)[:, None]
+    full, short = (trained.predict_arrays(series[:, :64], 16, precision=name) for name in ("float32", "bfloat16"))
+    off = np.abs(full.quantiles - short.quantiles) / spread[..., None]
+    assert 0 < off.mean() < 0.01
+    assert off.max() < 0.05
+    assert np.abs(full.point - short.point).max() < 0.05 * spread.max()
+    assert (np.diff(short.quantiles, axis=-1) >= 0).all()
+
+    def scores(forecast):
+        gap = truth[..., None] - forecast.quantiles
+        levels = np.asarray(QUANTILES)
+        return np.array([np.maximum(levels * gap, (levels - 1) * gap).mean(), np.square(truth - forecast.point).mean()])
+
+    np.testing.assert_allclose(scores(short), scores(full), rtol=0.003)
+
+
+def test_when_a_precision_is_asked_for_then_the_model_itself_keeps_its_own(forecaster):
+    contexts = noisy_weeks(3, 0)
+    before = forecaster.predict_arrays(contexts, 5)
+    short = forecaster.predict_arrays(contexts, 5, precision="bfloat16")
+    assert forecaster.model.dtype == torch.float32
+    converted = Forecaster(PatchTransformer(CONFIG, seed=4).bfloat16())
+    np.testing.assert_array_equal(converted.predict_arrays(contexts, 5).point, short.point)
+    np.testing.assert_array_equal(forecaster.predict_arrays(contexts, 5, precision="float32").point, before.point)
+    fastest = forecaster.predict_arrays(contexts, 5, precision="auto").point
+    assert (fastest == before.point).all() or (fastest == short.point).all()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["one model", "mixture"])
+def test_when_workers_are_more_or_fewer_then_the_forecast_is_the_same_to_the_bit(precision, kind):
+    models = {str(seed): PatchTransformer(CONFIG, seed=seed) for seed in (4, 5)}
+    forecaster = Forecaster(models["4"] if kind == "one model" else DomainMixture(models))
+    contexts = [row[: 80 - index] for index, row in enumerate(noisy_weeks(23, 0))]
+    threads = torch.get_num_threads()
+    alone, *others = (
+        forecaster.predict_arrays(contexts, 20, batch_size=5, precision=precision, workers=count) for count in (1, 2, 7, None)
+    )
+    assert torch.get_num_threads() == threads
+    for other in others:
+        np.testing.assert_array_equal(other.point, alone.point)
+        np.testing.assert_array_equal(other.quantiles, alone.quantiles)
+
+
+def test_when_it_is_stopped_then_waiting_batches_are_not_forecast_and_threads_are_as_before(forecaster):
+    threads, seen = torch.get_num_threads(), []
+
+    def stop(done, total):
+        seen.append(done)
+        raise KeyboardInterrupt
+
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        forecaster.predict_arrays(noisy_weeks(5000, 0), 16, batch_size=1, workers=2, progress=stop)
+    assert seen == [1]
+    assert threading.active_count() == before
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize(

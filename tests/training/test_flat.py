@@ -2,11 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
-from fedcast.training.flat import FlatAdamW, FlatParameters, Layout, weighted_mean
+from fedcast.training.flat import FlatAdamW, FlatParameters, Layout
 
 
 def small() -> nn.Module:
@@ -95,11 +93,23 @@ def test_when_moments_are_saved_and_loaded_then_the_next_step_is_the_same() -> N
     assert torch.equal(first.vector, second.vector)
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 40), st.integers(0, 2**31 - 1))
-def test_when_averaging_then_it_is_the_weighted_mean_in_float64(clients: int, size: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    vectors = [torch.randn(size, generator=generator) * 10**k for k in range(clients)]
-    weights = torch.rand(clients, generator=generator).double() + 0.1
-    expected = (torch.stack(vectors).double() * weights[:, None]).sum(0) / weights.sum()
-    assert torch.allclose(weighted_mean(vectors, weights.tolist()), expected.float(), rtol=1e-6)
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 5000])
+def test_when_a_step_is_native_then_weights_and_moments_are_those_of_torch(size: int) -> None:
+    layout = Layout(("w",), ((size,),), 1)
+    start = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    found = []
+    for native in (False, True):
+        parameters = FlatParameters({"w": nn.Parameter(start.clone())}, layout, torch.bfloat16)
+        optimiser = FlatAdamW(parameters, beta1=0.9, beta2=0.99, weight_decay=0.1, clip_norm=1.0, native=native)
+        gradients = torch.Generator().manual_seed(1)
+        for step in range(5):
+            parameters.gradient.copy_(torch.randn(size, generator=gradients) * 10.0 ** (step - 3))
+            optimiser.step(1e-2)
+        found.append((parameters.vector.clone(), optimiser.state(), parameters.compute.clone()))
+    (weights, moments, compute), (native_weights, native_moments, native_compute) = found
+    torch.testing.assert_close(native_weights, weights, rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(native_compute, native_weights.to(torch.bfloat16), rtol=0, atol=0)
+    torch.testing.assert_close(compute, weights.to(torch.bfloat16), rtol=0, atol=0)
+    for name, moment in moments.items():
+        torch.testing.assert_close(native_moments[name], moment, rtol=2e-5, atol=1e-9)

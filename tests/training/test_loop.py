@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from fedcast.spec import TrainingSpec
 from fedcast.training.loop import learning_rate
-from fedcast.training.precision import dtype_of, resolve_precision
 
 
 def test_when_training_goes_on_then_the_rate_rises_and_then_falls_to_its_floor() -> None:
@@ -20,12 +18,3 @@ def test_when_training_goes_on_then_the_rate_rises_and_then_falls_to_its_floor()
 def test_when_the_schedule_is_constant_then_the_rate_stays() -> None:
     training = TrainingSpec(learning_rate=2.0, warmup=0.0, schedule="constant")
     assert {learning_rate(training, step, 10) for step in range(10)} == {2.0}
-
-
-def test_when_precision_is_asked_for_then_it_is_given_and_auto_follows_the_processor() -> None:
-    assert resolve_precision("float32") == "float32"
-    assert resolve_precision("bfloat16") == "bfloat16"
-    capabilities = torch.cpu.get_capabilities()
-    native = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    assert resolve_precision("auto") == ("bfloat16" if native else "float32")
-    assert dtype_of("bfloat16") == torch.bfloat16

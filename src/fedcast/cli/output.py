@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import typer
 
@@ -28,6 +29,29 @@ def console(*, stderr: bool = False) -> Console:
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made.width = PLAIN_WIDTH
     return made
+
+
+@contextmanager
+def progress_bar(what: str, *, show: bool = True) -> Iterator[Callable[[int, int], None] | None]:
+    """Show a bar on stderr while the block runs, and give what it is told by: how much is done, and how much there is.
+
+    Parameters
+    ----------
+    what
+        What is being done.
+    show
+        ``False`` for no bar; there is none either, and ``None`` is given, where stderr is no terminal.
+    """
+    out = console(stderr=True)
+    if not show or not out.is_terminal:
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (BarColumn(bar_width=28), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(compact=True))
+    with Progress(TextColumn("{task.description}"), *columns, console=out, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def note(message: str, *, hint: str | None = None) -> None:
@@ -140,6 +164,16 @@ def save_frame(frame: pd.DataFrame, path: Path) -> None:
         if path.suffix == ".parquet":
             frame.to_parquet(path, index=False)
         else:
-            frame.to_csv(path, index=False)
+            with path.open("wb") as file:
+                write_csv(frame, file)
     except OSError as error:
         raise SourceError(f"cannot write {path}: {error.strerror}", hint="choose another file with -o") from error
+
+
+def write_csv(frame: pd.DataFrame, file: BinaryIO) -> None:
+    """Write a frame as CSV in UTF-8, without its index."""
+    from fedcast.cli.text import csv_pieces
+
+    for piece in csv_pieces(frame):
+        file.write(piece)
+    file.flush()

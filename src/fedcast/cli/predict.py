@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from fedcast.cli.options import Freq, IdColumn, Json, Metric, Model, TargetColumn, TimeColumn
-from fedcast.cli.output import check_ending, check_metric, emit, note, print_results, records, save_frame
+from fedcast.cli.output import check_ending, check_metric, emit, note, print_results, progress_bar, records, save_frame, write_csv
 from fedcast.errors import QuantileError
 
 
@@ -25,6 +25,15 @@ def forecast(
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Also draw the forecasts on this self-contained page", metavar="FILE.html")
     ] = None,
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        typer.Option("--precision", help="Number format to compute in; 'auto' is bfloat16 where the processor multiplies it by itself"),
+    ] = "float32",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Series a batch", metavar="COUNT")] = 64,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, help="Threads, each on a core; one a core when absent", metavar="COUNT"),
+    ] = None,
     time: TimeColumn = None,
     id: IdColumn = None,
     target: TargetColumn = None,
@@ -39,7 +48,9 @@ def forecast(
     from fedcast.models.forecaster import Forecaster
 
     history = read_frame(data, time=time, id=id, target=target, freq=freq)
-    frame = Forecaster.from_pretrained(model).predict(history, horizon, levels)
+    forecaster = Forecaster.from_pretrained(model)
+    with progress_bar("forecasting", show=not json) as progress:
+        frame = forecaster.predict(history, horizon, levels, batch_size=batch_size, precision=precision, workers=workers, progress=progress)
     if output is not None:
         save_frame(frame, output)
     if plot is not None:
@@ -49,7 +60,7 @@ def forecast(
     if json:
         emit({"rows": len(frame), "output": output, "plot": plot} if output is not None else records(frame))
     elif output is None:
-        typer.echo(frame.to_csv(index=False), nl=False)
+        write_csv(frame, typer.get_binary_stream("stdout"))
     else:
         typer.echo(f"wrote {len(frame)} rows to {output}")
     if plot is not None and not json:

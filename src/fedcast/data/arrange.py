@@ -81,12 +81,13 @@ def arrange(
         order, axis = order[~repeated], axis.take(~repeated)
     if not len(order):
         return None
+    counts = np.bincount(axis.codes, minlength=len(series.names))
     # Series without one readable row have been noted; the others are checked all the same.
-    present, codes = np.unique(axis.codes, return_inverse=True)
+    present = np.flatnonzero(counts)
     if len(present) < len(series.names):
-        axis = replace(axis, codes=codes.astype(np.int64))
+        axis = replace(axis, codes=np.searchsorted(present, axis.codes))
     names = [series.names[place] for place in present]
-    if np.bincount(axis.codes).max() < 2:
+    if counts.max() < 2:
         if rows == len(order):
             mask = np.ones(rows, dtype=bool)
             findings.add(

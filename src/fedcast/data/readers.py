@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from fedcast.data.grid import MONTH_NAMES, Grid, Rule, parse_freq
 from fedcast.data.layout import ID_NAMES, long_columns
+from fedcast.data.plain import read_plain_csv
 from fedcast.data.problems import IntArray
 from fedcast.errors import FrameError, FrameProblem, SourceError
 
@@ -167,14 +168,18 @@ def _read_csv(text: str, source: str, time: str | None, id: str | None, target: 
         return pd.DataFrame()
     separator = _separator(header)
     names = [name.strip() for name in next(csv.reader([header], delimiter=separator))]
-    _refuse_ragged(text, separator, len(names), source)
     used = long_columns(names, time, id, target)
     ids = {name for name in names if name == id or name.lower() in ID_NAMES}
+    content = text.encode()
+    plain = None if used is None else read_plain_csv(content, separator, names, used, ids, _MISSING)
+    if plain is not None:
+        return plain
+    _refuse_ragged(text, separator, len(names), source)
     keys = [f"column {place}" for place in range(len(names))]  # names may repeat, keys do not
     labelled = list(zip(keys, names, strict=True))
     try:
         frame = pd.read_csv(
-            io.StringIO(text),
+            io.BytesIO(content),
             sep=separator,
             header=0,
             names=keys,

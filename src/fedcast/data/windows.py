@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -69,6 +69,13 @@ class Batch:
     windows: Windows
     dataset: Tensor
     domain: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device; to CUDA it is copied from pinned memory, without waiting for the copy."""
+        if device.type == "cpu":
+            return self
+        names = ("context", "mask", "target", "target_mask", "dataset", "domain")
+        return replace(self, **{name: getattr(self, name).pin_memory().to(device, non_blocking=True) for name in names})
 
     def split(self, size: int) -> Iterator[Batch]:
         """Yield pieces of ``size`` rows, which are views of this batch; what is left over at the end is left out."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Protocol
@@ -38,6 +39,7 @@ class ThreadFleet:
     def __init__(self, sites: Mapping[str, Site], workers: int) -> None:
         self._sites = dict(sites)
         self._workspaces = Workspaces()
+        self._workers = workers
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="fedcast-worker")
 
     def sites(self) -> list[str]:
@@ -49,19 +51,26 @@ class ThreadFleet:
         end = None if deadline_s is None else time.monotonic() + deadline_s
         # The largest sites first: the last worker to finish then waits least.
         order = sorted(tasks, key=lambda name: (-self._sites[name].samples * self._sites[name].role.step_multiplier, name))
-        pending: dict[Future[Reply], str] = {
-            self._pool.submit(self._sites[name].run, tasks[name], self._workspaces): name for name in order
-        }
-        while pending:
+        queue, pending = deque(order), dict[Future[Reply], str]()
+        while queue or pending:
+            # Two tasks a worker: none is idle, and no more replies than that lie about when the caller is slower than the sites.
+            while queue and len(pending) < 2 * self._workers and (end is None or time.monotonic() < end):
+                name = queue.popleft()
+                pending[self._pool.submit(self._sites[name].run, tasks[name], self._workspaces)] = name
             left = None if end is None else max(0.0, end - time.monotonic())
             done, _ = wait(pending, timeout=left, return_when=FIRST_COMPLETED)
             if not done:
                 for future in pending:
                     future.cancel()
                 return
-            for future in done:
-                yield pending.pop(future), future.result()
+            while done:
+                # Nothing here may keep the reply while the next one is awaited.
+                yield _answer(done.pop(), pending)
 
     def close(self) -> None:
         """Wait for the threads to end: a site still at work would write into the run folder after it was let go."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _answer(future: Future[Reply], pending: dict[Future[Reply], str]) -> tuple[str, Reply]:
+    return pending.pop(future), future.result()

@@ -14,12 +14,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from fedcast.errors import QuorumError, ScreenError, SiteError
+from fedcast.errors import QuorumError, SiteError
 from fedcast.federated.checkpoint import Checkpoints, Progress
 from fedcast.federated.fleet import Fleet
-from fedcast.federated.messages import Reply, Task, screen
+from fedcast.federated.intake import Intake
+from fedcast.federated.messages import Reply, Task
 from fedcast.federated.site import SiteRole
-from fedcast.methods.base import Method, Server, Update
+from fedcast.methods.base import Method, Server
 from fedcast.models.base import ModelConfig
 from fedcast.spec import RunSpec
 
@@ -112,25 +113,22 @@ class RoundLoop:
         meta = {"export": self._exports(number)}
         tasks = {name: Task("train", number, self.method.message(self.server, name), meta) for name in selected}
         self.observer.phase("client", number)
-        replies = self._collect(tasks, number)
-        updates, dropped = self._screen(replies, selected, meta["export"])
-        self._check_quorum(updates, selected, dropped, number)
+        intake = self._collect(tasks, number)
+        self._check_quorum(intake, selected, number)
         self.observer.phase("aggregate", number)
-        self.method.aggregate(self.server, updates)
-        if meta["export"] and self.method.unseen() != "shadow":
-            self.server.experts |= {update.site: update.tensors["private"] for update in updates}
+        intake.aggregate(self.server)
         trained = time.perf_counter()
         rows = []
         if validates:
             self.observer.phase("evaluate", number)
             rows.append(self._validate(number, progress))
         validated = time.perf_counter()
-        progress.bytes_up += sum(reply.nbytes for reply in replies.values())
-        progress.bytes_down += sum(task.nbytes for task in tasks.values())
+        row = self._row(number, intake, sum(task.nbytes for task in tasks.values()))
+        progress.bytes_up += row["bytes_up"]
+        progress.bytes_down += row["bytes_down"]
         seconds = trained - start + time.perf_counter() - validated
         progress.seconds += time.perf_counter() - start
-        row = self._row(number, tasks, replies, dropped)
-        row["seconds"], row["overhead_seconds"] = seconds, seconds - _critical_path(replies)
+        row["seconds"], row["overhead_seconds"] = seconds, seconds - _critical_path(intake)
         progress.rows = [row, *rows]
         self.observer.phase("checkpoint", number)
         writing = time.perf_counter()
@@ -155,59 +153,45 @@ class RoundLoop:
         rng = np.random.default_rng([self.spec.seed, number])
         return sorted(rng.choice(np.array(trainers, dtype=object), size=count, replace=False))
 
-    def _collect(self, tasks: Mapping[str, Task], number: int) -> dict[str, Reply]:
-        replies: dict[str, Reply] = {}
-        for site, reply in self.fleet.run(tasks, self.spec.federation.deadline_s):
-            replies[site] = reply
-            self.observer.site_done(number, site)
-        return replies
-
-    def _screen(self, replies: Mapping[str, Reply], selected: Sequence[str], exporting: bool) -> tuple[list[Update], dict[str, str]]:
+    def _collect(self, tasks: Mapping[str, Task], number: int) -> Intake:
         layout = self.server.layout
         shapes = {"shared": (layout.shared_size,), **self.method.reply_shapes(ModelConfig.of(self.spec.model))}
-        if exporting:
+        if self._exports(number):
             shapes["private"] = (layout.private_size,)
-        updates, dropped = [], {}
-        for site in sorted(selected):
-            if site not in replies:
-                dropped[site] = "no reply before the deadline"
-                continue
-            try:
-                screen(replies[site], shapes, largest_samples=self.samples[site])
-            except ScreenError as error:
-                dropped[site] = error.message
-                continue
-            updates.append(Update(site, replies[site].tensors, replies[site].meta["samples"]))
-        return updates, dropped
+        intake = Intake(self.method, {site: self.samples[site] for site in tasks}, shapes)
+        for site, reply in self.fleet.run(tasks, self.spec.federation.deadline_s):
+            intake.take(site, reply)
+            # Or it would be kept while the next one is awaited.
+            del reply
+            self.observer.site_done(number, site)
+        return intake
 
-    def _check_quorum(self, updates: Sequence[Update], selected: Sequence[str], dropped: Mapping[str, str], number: int) -> None:
+    def _check_quorum(self, intake: Intake, selected: Sequence[str], number: int) -> None:
         needed = self.spec.federation.needed(len(selected))
-        if len(updates) < needed:
-            reasons = "; ".join(f"{site}: {reason}" for site, reason in dropped.items())
+        if len(intake.meta) < needed:
+            reasons = "; ".join(f"{site}: {reason}" for site, reason in intake.dropped.items())
             raise QuorumError(
-                f"round {number} has {len(updates)} usable replies and needs {needed} ({reasons})",
+                f"round {number} has {len(intake.meta)} usable replies and needs {needed} ({reasons})",
                 hint="mend the sites and run the same command again: it resumes from the last round",
             )
 
-    def _row(self, number: int, tasks: Mapping[str, Task], replies: Mapping[str, Reply], dropped: Mapping[str, str]) -> dict[str, Any]:
+    def _row(self, number: int, intake: Intake, bytes_down: int) -> dict[str, Any]:
         weights = self.server.log.pop("weights", {})
-        sites: dict[str, dict[str, Any]] = {}
-        for site in sorted(tasks):
-            if site in dropped:
-                continue
-            meta = replies[site].meta
-            sites[site] = {
+        sites = {
+            site: {
                 **{name: meta[name] for name in ("loss", "steps", "samples", "seconds")},
                 **meta["metrics"],
                 **({"weight": weights[site]} if site in weights else {}),
             }
+            for site, meta in sorted(intake.meta.items())
+        }
         return {
             "kind": "round",
             "round": number,
-            "bytes_up": sum(reply.nbytes for reply in replies.values()),
-            "bytes_down": sum(task.nbytes for task in tasks.values()),
+            "bytes_up": intake.nbytes,
+            "bytes_down": bytes_down,
             "sites": sites,
-            "dropped": dict(dropped),
+            "dropped": intake.dropped,
             "server": dict(self.server.log),
         }
 
@@ -262,10 +246,10 @@ class RoundLoop:
         return tensors
 
 
-def _critical_path(replies: Mapping[str, Reply]) -> float:
+def _critical_path(intake: Intake) -> float:
     """Seconds in forward, backward and optimiser of the busiest worker: the round cannot be shorter."""
-    busy: dict[Any, float] = {}
-    for reply in replies.values():
-        worker = reply.meta.get("worker")
-        busy[worker] = busy.get(worker, 0.0) + float(reply.meta.get("compute_seconds", 0.0))
+    busy: dict[str, float] = {}
+    for meta in intake.meta.values():
+        worker = str(meta.get("worker"))
+        busy[worker] = busy.get(worker, 0.0) + float(meta["compute_seconds"])
     return max(busy.values(), default=0.0)

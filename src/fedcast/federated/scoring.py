@@ -36,7 +36,7 @@ class SiteScores:
         """Return the task's mean loss over the validation windows; ``None`` where the site has none."""
         if self._validation is None:
             windows = self._sampler.evaluation("validation", self._spec.evaluation.validation_windows)
-            self._validation = self._sampler.gather(windows)
+            self._validation = self._sampler.gather(windows).to(model.device)
         batch = self._validation
         if not len(batch.windows):
             return None
@@ -89,11 +89,11 @@ def forecast_windows(
     points, bands = [], []
     with torch.inference_mode():
         for start in range(0, len(context), _BATCH):
-            piece = torch.from_numpy(np.ascontiguousarray(context[start : start + _BATCH], dtype=np.float32))
+            piece = torch.from_numpy(np.ascontiguousarray(context[start : start + _BATCH], dtype=np.float32)).to(model.device)
             mask = torch.isfinite(piece)
             forecast = model(torch.nan_to_num(piece, nan=0.0), mask, horizon)
-            points.append(forecast.point.numpy())
-            bands.append(forecast.quantiles.numpy())
+            points.append(forecast.point.cpu().numpy())
+            bands.append(forecast.quantiles.cpu().numpy())
     return np.concatenate(points), np.concatenate(bands)
 
 

@@ -28,8 +28,8 @@ from fedcast.federated.workspace import Workspace, Workspaces, build_extra
 from fedcast.methods.base import Client, Method
 from fedcast.spec import RunSpec
 from fedcast.tasks.forecast import ForecastTask
+from fedcast.training.backend import Backend
 from fedcast.training.loop import learning_rate, train
-from fedcast.training.precision import resolve_precision
 
 _MOMENTS = "moments."
 _METHOD = "method."
@@ -94,6 +94,7 @@ class Site:
         self._sampler = WindowSampler(store, splits, context=model.context, horizon=model.horizon, balance=method.balance)
         self._scores = SiteScores(role.name, store, splits, self._sampler, spec)
         self._task = ForecastTask()
+        self._backend = Backend.resolve(spec.training)
 
     @property
     def samples(self) -> int:
@@ -111,7 +112,8 @@ class Site:
                     return Reply(error=f"round {task.round} is over")
                 workspace = self._workspace(workspaces)
                 screen_task(task, self._message_shapes(workspace))
-                reply = self._train(task, workspace) if task.kind == "train" else self._evaluate(task, workspace)
+                with workspace.computing():
+                    reply = self._train(task, workspace) if task.kind == "train" else self._evaluate(task, workspace)
         except FedcastError as error:
             return Reply(error=f"{error.code}: {error.message}")
         except Exception as error:
@@ -129,8 +131,7 @@ class Site:
 
         if self._shapes is None:
             self._shapes = tuple((name, tuple(p.shape)) for name, module in sorted(make().items()) for p in module.parameters())
-        precision = resolve_precision(self._spec.training.precision)
-        return workspaces.get(self._shapes, self._spec, self._method, make, precision)
+        return workspaces.get(self._shapes, self._spec, self._method, make, self._backend)
 
     def _message_shapes(self, workspace: Workspace) -> dict[str, tuple[int | None, ...]]:
         layout = workspace.parameters.layout
@@ -156,12 +157,15 @@ class Site:
         else:
             workspace.optimiser.reset()
         client = self._client(task, workspace, state)
+        if self._spec.training.compile:
+            training, model = self._spec.training, self._spec.model
+            client.record("compile_seconds", workspace.compile(training.batch_size, model.context, model.horizon))
         steps = self._steps()
         done, total = (task.round - 1) * steps, self._spec.federation.rounds * steps
         record = train(
             workspace.parameters,
             workspace.optimiser,
-            self._batches(client.rng, steps),
+            self._batches(client.rng, steps, workspace.device),
             lambda batch: self._method.local_loss(client, batch),
             steps=steps,
             rate=lambda step: learning_rate(self._spec.training, done + step, total),
@@ -171,9 +175,9 @@ class Site:
             raise ModelError("training diverged: a weight or the loss is not finite", hint="lower training.learning_rate or clip_norm")
         reply = self._method.reply(client)
         self._keep(task.round, client, workspace, keeps)
-        tensors = {"shared": workspace.parameters.shared.clone(), **reply}
+        tensors = {"shared": workspace.parameters.shared, **reply}
         if client.exporting:
-            tensors["private"] = workspace.private_of_model.clone()
+            tensors["private"] = workspace.private_of_model
         meta = {
             "samples": self.samples,
             "steps": steps,
@@ -181,7 +185,8 @@ class Site:
             "compute_seconds": record.compute_seconds,
             "metrics": client.records(),
         }
-        return Reply(tensors, meta)
+        # Copies, on the CPU: the workspace goes on to the next site, and only workspaces lie on another device.
+        return Reply({name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}, meta)
 
     def _client(self, task: Task, workspace: Workspace, state: Mapping[str, Tensor]) -> Client:
         seed = np.random.SeedSequence([self._spec.seed, zlib.crc32(self.role.name.encode()), task.round])
@@ -193,28 +198,29 @@ class Site:
             extra=workspace.extra,
             task=self._task,
             parameters=workspace.parameters,
-            received=task.tensors,
+            received={name: tensor.to(workspace.device) for name, tensor in task.tensors.items()},
             sampler=self._sampler,
-            state={name.removeprefix(_METHOD): value for name, value in state.items() if name.startswith(_METHOD)},
+            state={name.removeprefix(_METHOD): value.to(workspace.device) for name, value in state.items() if name.startswith(_METHOD)},
             rng=np.random.default_rng(seed),
             exporting=bool(task.meta.get("export", False)),
             _memory=self._memory,
         )
 
-    def _batches(self, rng: np.random.Generator, steps: int) -> Iterator[Batch]:
+    def _batches(self, rng: np.random.Generator, steps: int, device: torch.device) -> Iterator[Batch]:
         size = self._spec.training.batch_size
         for start in range(0, steps, _AHEAD):
-            # Several steps' windows at once: a draw costs as much for eight batches as for one.
+            # Several steps' windows at once: a draw costs as much for eight batches as for one. On CUDA they are drawn, and copied
+            # from pinned memory, while the device still works through the steps before.
             count = min(_AHEAD, steps - start)
-            yield from self._sampler.gather(self._sampler.draw(size * count, rng)).split(size)
+            yield from self._sampler.gather(self._sampler.draw(size * count, rng)).to(device).split(size)
 
     def _keep(self, round_: int, client: Client, workspace: Workspace, keeps: bool) -> None:
         state = {f"{_METHOD}{name}": value for name, value in client.state.items()}
         if workspace.parameters.private.numel():
-            state["private"] = workspace.parameters.private.clone()
+            state["private"] = workspace.parameters.private
         if keeps:
             state |= {f"{_MOMENTS}{name}": value for name, value in workspace.optimiser.state().items()}
-        self._states.save(round_, state)
+        self._states.save(round_, {name: tensor.cpu() for name, tensor in state.items()})
 
     def _evaluate(self, task: Task, workspace: Workspace) -> Reply:
         private = task.tensors.get("private")

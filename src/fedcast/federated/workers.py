@@ -25,6 +25,7 @@ from fedcast.federated.site import Site, SiteRole
 from fedcast.federated.workspace import Workspaces
 from fedcast.methods.base import build_method
 from fedcast.spec import RunSpec
+from fedcast.training.backend import Backend
 
 
 class ProcessFleet:
@@ -153,6 +154,7 @@ def _work(connection: Connection, spec: dict[str, Any], roles: list[dict[str, An
         # When the coordinator is killed, its workers must not go on writing into the run folder.
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     run_spec = RunSpec.model_validate(spec)
+    Backend.resolve(run_spec.training).use()
     method = build_method(run_spec.method)
     known = {role["name"]: SiteRole(**role) for role in roles}
     sites: dict[str, Site] = {}

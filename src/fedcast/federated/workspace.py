@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +16,10 @@ from fedcast.models.base import ModelConfig
 from fedcast.models.mixture import DomainMixture
 from fedcast.models.patch import PatchTransformer
 from fedcast.spec import RunSpec
+from fedcast.training.backend import Backend
 from fedcast.training.flat import FlatAdamW, FlatParameters, Layout
-from fedcast.training.precision import Precision, dtype_of
 
-# Building modules draws from torch's global random stream, which threads share.
+# Building modules draws from torch's global random stream, and compiling fills torch's global caches; threads share both.
 _BUILD = threading.Lock()
 
 
@@ -31,6 +33,8 @@ class Workspace:
         Weights before any training ``[size]``: the same at every site and at the server.
     model_size
         Length of the part of the vector that is the model; the method's own modules come after it.
+    stream
+        The CUDA stream of everything the workspace does; ``None`` on the CPU.
     """
 
     model: PatchTransformer
@@ -40,6 +44,39 @@ class Workspace:
     optimiser: FlatAdamW
     initial: Tensor
     model_size: int
+    stream: torch.cuda.Stream | None = None
+    _compiled: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where model, flat vectors and optimiser lie."""
+        return self.parameters.vector.device
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Let this thread's work run on the workspace's own stream, beside that of other threads; does nothing on the CPU."""
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def compile(self, windows: int, context: int, horizon: int) -> float:
+        """Compile forward and backward of the blocks for batches of this shape, the first time; return the seconds that took.
+
+        A block of each kind is compiled once and serves all blocks of its kind; the whole encoder took three times as long to compile,
+        and in bfloat16 torch 2.13 makes C++ of it that no compiler takes. One thread at a time: the next one finds the code made.
+        """
+        if self._compiled:
+            return 0.0
+        with _BUILD:
+            start = time.perf_counter()
+            self.model.packs = False
+            for block in (*self.model.encoder.blocks, *self.model.decoder.blocks):
+                block.compile(dynamic=False)
+            values = torch.zeros(windows, context, device=self.device)
+            output = self.model.normalised(values, torch.ones_like(values, dtype=torch.bool), horizon)
+            (output.point.sum() + output.quantiles.sum()).backward()  # type: ignore[no-untyped-call]
+            self.parameters.gradient.zero_()
+        self._compiled = True
+        return time.perf_counter() - start
 
     def load(self, shared: Tensor, private: Tensor | None) -> None:
         """Take over shared weights and, where given, private ones (of the model, or of model and extra modules)."""
@@ -54,7 +91,7 @@ class Workspace:
         layout = self.parameters.layout
         count = sum(not name.startswith("extra.") for name in layout.names)
         of_model = Layout(layout.names[:count], layout.shapes[:count], layout.shared)
-        return build_mixture(self.twin.config, of_model, shared, {str(i): row for i, row in enumerate(experts)})
+        return build_mixture(self.twin.config, of_model, shared, {str(i): row for i, row in enumerate(experts)}).to(self.device)
 
     @property
     def private_of_model(self) -> Tensor:
@@ -77,27 +114,36 @@ def build_mixture(config: ModelConfig, layout: Layout, shared: Tensor, experts: 
     return DomainMixture.of(config, states, layout.names[: layout.shared])
 
 
-def build_workspace(spec: RunSpec, method: Method, extra: Mapping[str, nn.Module], precision: Precision) -> Workspace:
+def build_workspace(spec: RunSpec, method: Method, extra: Mapping[str, nn.Module], backend: Backend) -> Workspace:
     """Build a workspace for sites whose extra modules have these shapes."""
-    with _BUILD:
-        model = PatchTransformer.from_spec(spec.model, seed=spec.seed)
-        twin = PatchTransformer.from_spec(spec.model, seed=spec.seed)
-    modules = nn.ModuleDict(dict(extra))
-    shared = {name: p for name, p in model.named_parameters() if method.shares(name)}
-    private = {name: p for name, p in model.named_parameters() if name not in shared}
-    own = {f"extra.{name}": p for name, p in modules.named_parameters()}
-    named = {**shared, **private, **own}
-    layout = Layout.of(named, lambda name: name in shared)
-    parameters = FlatParameters(named, layout, dtype_of(precision))
-    parameters.bind(dict(twin.named_parameters()))
-    training = spec.training
-    optimiser = FlatAdamW(
-        parameters, beta1=training.beta1, beta2=training.beta2, weight_decay=training.weight_decay, clip_norm=training.clip_norm
-    )
-    model_size = layout.size - sum(p.numel() for p in own.values())
-    model.train()
-    twin.eval()
-    return Workspace(model, twin, modules, parameters, optimiser, parameters.vector.clone(), model_size)
+    stream = torch.cuda.Stream() if backend.device == "cuda" else None  # type: ignore[no-untyped-call]
+    # Built on its own stream: no kernel of it can then run before those that fill its tensors.
+    with torch.cuda.stream(stream):
+        with _BUILD:
+            model = PatchTransformer.from_spec(spec.model, seed=spec.seed).to(backend.device)
+            twin = PatchTransformer.from_spec(spec.model, seed=spec.seed).to(backend.device)
+        modules = nn.ModuleDict(dict(extra)).to(backend.device)
+        shared = {name: p for name, p in model.named_parameters() if method.shares(name)}
+        private = {name: p for name, p in model.named_parameters() if name not in shared}
+        own = {f"extra.{name}": p for name, p in modules.named_parameters()}
+        named = {**shared, **private, **own}
+        layout = Layout.of(named, lambda name: name in shared)
+        parameters = FlatParameters(named, layout, backend.dtype)
+        parameters.bind(dict(twin.named_parameters()))
+        training, native = spec.training, backend.kernels == "native"
+        model.use_native(native)
+        optimiser = FlatAdamW(
+            parameters,
+            beta1=training.beta1,
+            beta2=training.beta2,
+            weight_decay=training.weight_decay,
+            clip_norm=training.clip_norm,
+            native=native,
+        )
+        model_size = layout.size - sum(p.numel() for p in own.values())
+        model.train()
+        twin.eval()
+        return Workspace(model, twin, modules, parameters, optimiser, parameters.vector.clone(), model_size, stream)
 
 
 class Workspaces(threading.local):
@@ -108,11 +154,11 @@ class Workspaces(threading.local):
         self._made: dict[object, Workspace] = {}
 
     def get(
-        self, key: object, spec: RunSpec, method: Method, make_extra: Callable[[], dict[str, nn.Module]], precision: Precision
+        self, key: object, spec: RunSpec, method: Method, make_extra: Callable[[], dict[str, nn.Module]], backend: Backend
     ) -> Workspace:
         """Return this thread's workspace for a key, building it (with extra modules of its own) the first time."""
         if key not in self._made:
-            self._made[key] = build_workspace(spec, method, make_extra(), precision)
+            self._made[key] = build_workspace(spec, method, make_extra(), backend)
         return self._made[key]
 
 

@@ -64,7 +64,7 @@ class EncoderBlockFunction(torch.autograd.Function):
         norm, norm_bias, qkv, qkv_bias = weights[:4]
         rest = _Rest(*weights[4:])
         batch, length, width = x.shape
-        flat = x.reshape(-1, width)  # [B N, d]
+        flat = x.reshape(-1, width).contiguous()  # [B N, d]
         normal, stats, residual = _layer_norm(flat, norm, norm_bias, rest.out_bias)
         packed = normal @ qkv.t()  # [B N, 3 d]
         shape = (batch, length, length)
@@ -104,7 +104,8 @@ class DecoderBlockFunction(torch.autograd.Function):
         norm, norm_bias, query, query_bias, kv, kv_bias = weights[:6]
         rest = _Rest(*weights[6:])
         batch, length, width = x.shape
-        flat, memory = x.reshape(-1, width), features.reshape(-1, width)  # [B M, d], [R N, d]
+        # contiguous: of one query a window, expanded over the batch, reshape gives a view whose rows share their memory
+        flat, memory = x.reshape(-1, width).contiguous(), features.reshape(-1, width).contiguous()  # [B M, d], [R N, d]
         normal, stats, residual = _layer_norm(flat, norm, norm_bias, rest.out_bias)
         queries, pairs = normal @ query.t(), memory @ kv.t()  # [B M, d], [R N, 2 d]
         shape = (batch, length, features.shape[1])

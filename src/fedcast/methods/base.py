@@ -7,6 +7,7 @@ default, so FedAvg itself is an empty class. ``docs/adding-a-method.md`` has a c
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
@@ -22,11 +23,14 @@ from fedcast.models.base import ModelConfig, Output
 from fedcast.models.patch import PatchTransformer
 from fedcast.spec import MethodSpec
 from fedcast.tasks.forecast import ForecastTask
-from fedcast.training.flat import FlatParameters, Layout, weighted_mean
+from fedcast.training.aggregate import Vectors, weighted_mean
+from fedcast.training.flat import FlatParameters, Layout
 
 METHODS: dict[str, type[Method]] = {}
 T = TypeVar("T")
 Unseen = Literal["shadow", "mixture", "each"]
+MODEL_PARTS = ("shared", "private")
+"""The tensors of a reply that hold the model's weights; the method's own stand beside them."""
 
 
 @dataclass
@@ -145,6 +149,13 @@ class Server:
     experts: dict[str, Tensor] = field(default_factory=dict)
     log: dict[str, Any] = field(default_factory=dict)
 
+    def settle(self, means: Mapping[str, Tensor], weights: Mapping[str, float]) -> None:
+        """Take over the round's means, ``"shared"`` and on exporting rounds ``"private"``, and log each site's share of the weight."""
+        self.shared = means["shared"]
+        self.private = means.get("private", self.private)
+        mass = math.fsum(weights.values())
+        self.log["weights"] = {site: weight / mass for site, weight in weights.items()}
+
 
 @dataclass(frozen=True)
 class Method:
@@ -217,16 +228,24 @@ class Method:
         return {"shared": server.shared}
 
     def aggregate(self, server: Server, updates: Sequence[Update]) -> None:
-        """Combine the updates (in the order of the sites' names) into the server's state."""
+        """Combine the updates (in the order of the sites' names) into the server's state.
+
+        A method that keeps this default needs no update as a whole, so the round loop averages them as they arrive
+        (:attr:`streams`). A method with its own gets all of them at once.
+        """
         self.combine(server, updates, [float(update.samples) for update in updates])
 
     def combine(self, server: Server, updates: Sequence[Update], weights: Sequence[float]) -> None:
         """Set the shared weights, and on exporting rounds the shadow of the private part, to weighted means; log the weights."""
-        server.shared = weighted_mean((u.tensors["shared"] for u in updates), weights)
-        if all("private" in u.tensors for u in updates):
-            server.private = weighted_mean((u.tensors["private"] for u in updates), weights)
-        mass = sum(weights)
-        server.log["weights"] = {u.site: weight / mass for u, weight in zip(updates, weights, strict=True)}
+        names = [name for name in MODEL_PARTS if all(name in update.tensors for update in updates)]
+        means = {name: weighted_mean(Vectors([update.tensors[name] for update in updates]), weights) for name in names}
+        server.settle(means, {update.site: weight for update, weight in zip(updates, weights, strict=True)})
+
+    @property
+    def streams(self) -> bool:
+        """Whether the server may average replies as they arrive, weighted by training points, and keep none of them."""
+        cls = type(self)
+        return cls.aggregate is Method.aggregate and cls.combine is Method.combine
 
 
 def method_names() -> list[str]:

@@ -80,6 +80,9 @@ class _KMeansLabeller:
         self._centres = torch.from_numpy(centres).float()
 
     def __call__(self, batch: Batch) -> Tensor:
+        if self._centres.device != batch.context.device:
+            # Once: where batches lie on another device, all of a site's do.
+            self._shift, self._scale, self._centres = (x.to(batch.context.device) for x in (self._shift, self._scale, self._centres))
         points = (describe_windows(batch.context, batch.mask) - self._shift) / self._scale  # [B, 8]
         return torch.cdist(points, self._centres).argmin(1)
 
@@ -124,7 +127,7 @@ def describe_windows(context: Tensor, mask: Tensor) -> Tensor:
     deviation = variance.sqrt().clamp_min(1e-6)
     z = centred / deviation
     lag = (z[:, 1:] * z[:, :-1]).sum(1) / count.squeeze(1)
-    time = torch.linspace(-1, 1, context.shape[1], dtype=context.dtype)
+    time = torch.linspace(-1, 1, context.shape[1], dtype=context.dtype, device=context.device)
     slope = (z * time).sum(1) / (weight * time**2).sum(1).clamp_min(1e-6)
     energy = torch.fft.rfft(z).abs()[:, 1:] ** 2  # [B, L / 2]
     bands = torch.stack([band.sum(1) for band in energy.tensor_split(4, dim=1)], dim=1)

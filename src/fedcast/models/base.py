@@ -29,7 +29,7 @@ class Output(NamedTuple):
     quantiles
         Quantiles at :data:`QUANTILES`, unsorted, [B, H, 9].
     features
-        Encoder features, one a patch, [B, N, d].
+        Encoder features, one a patch, [B, N, d]; what stands where ``feature_mask`` is False has no meaning.
     feature_mask
         True where the patch has an observed point, [B, N]. A row is False throughout when its context is missing altogether.
     loc, scale

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, cast
 
@@ -21,10 +25,28 @@ from fedcast.models.files import CONFIG, model_format
 from fedcast.models.mixture import FORMAT as MIXTURE
 from fedcast.models.mixture import DomainMixture
 from fedcast.models.patch import PatchTransformer
+from fedcast.models.precision import Precision, forecast_dtype
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Progress = Callable[[int, int], None]
+BATCH = 64  # larger ones are no faster, and leave cores without a batch where series are few
+
+
+@dataclass(frozen=True)
+class _Options:
+    """How to forecast: what :meth:`Forecaster.predict` takes beside data, horizon and levels."""
+
+    batch_size: int
+    precision: Precision | None
+    workers: int | None
+    progress: Progress | None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ModelError(f"batches of {self.batch_size} series cannot be forecast", hint="give batch_size at least 1")
+        if self.workers is not None and self.workers < 1:
+            raise ModelError(f"{self.workers} workers forecast nothing", hint="give workers at least 1, or leave it out for one a core")
 
 
 class Forecaster:
@@ -37,8 +59,11 @@ class Forecaster:
 
     Notes
     -----
-    Series are forecast in batches of similar length. Results do not depend on the batch size beyond the rounding of float32
-    products (about 1e-5 of a series' standard deviation).
+    Series are forecast in batches of similar length. On a CPU, each worker is a thread that forecasts one batch at a time on one
+    core. The number of workers never changes the result, the batch size only by the rounding of products (in float32 about 1e-5 of
+    a series' standard deviation). A precision other than that of the parameters converts a copy of the model at every call; to
+    convert it once, build the forecaster from a model of that type. Forecasts in bfloat16 differ from those in float32 by less than
+    a hundredth of a series' standard deviation on average, and scores by less than 0.3 %.
     """
 
     def __init__(self, model: PatchTransformer | DomainMixture) -> None:
@@ -67,7 +92,9 @@ class Forecaster:
         id: str | None = None,
         target: str | None = None,
         freq: str | None = None,
-        batch_size: int = 256,
+        batch_size: int = BATCH,
+        precision: Precision | None = None,
+        workers: int | None = None,
         progress: Progress | None = None,
     ) -> pd.DataFrame:
         """Forecast the steps after the end of every series.
@@ -76,14 +103,16 @@ class Forecaster:
         ----------
         source
             A file, a frame, or a frame that was read before.
-        horizon
-            Steps to forecast, at least 1.
+        horizon, batch_size
+            Steps to forecast, and series a batch.
         quantiles
             Levels from 0.1 to 0.9; those between two learnt levels are interpolated linearly.
         time, id, target, freq
             As in :func:`fedcast.data.frames.read_frame`.
-        batch_size
-            Series a batch.
+        precision
+            ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 where the device multiplies it by itself. ``None``: the parameters' type.
+        workers
+            Threads on a CPU; by default as many as torch uses, one a core. Other devices have one.
         progress
             Called with (series done, series in all) after every batch.
 
@@ -100,18 +129,16 @@ class Forecaster:
         QuantileError
             When a level is outside what the model learnt, or given twice.
         ModelError
-            When the horizon or the batch size is under 1, or a column of the source has the name of a result.
+            When the horizon, the batch size or the number of workers is under 1, or a column of the source has the name of a result.
+        UnknownNameError
+            When there is no such precision.
         """
+        options = _Options(batch_size, precision, workers, progress)
         weights = _interpolation(quantiles)
         long = source if isinstance(source, LongFrame) else read_frame(source, time=time, id=id, target=target, freq=freq)
-        columns = [long.columns.id, long.columns.time, "forecast", *(f"q{level:g}" for level in quantiles)]
-        if len(set(columns)) < len(columns):
-            raise ModelError(
-                f"the columns of the forecast would be {', '.join(columns)}, with one name twice", hint="rename that column of the data"
-            )
+        columns = _columns(long, quantiles)
         names, offsets = _series_of(long.frame["unique_id"])
-        values = long.frame["y"].to_numpy(dtype=np.float64)
-        point, levels = self._forecast(values, offsets, horizon, weights, batch_size, progress)
+        point, levels = self._forecast(long.frame["y"].to_numpy(dtype=np.float64), offsets, horizon, weights, options)
         stamps = future_stamps(long.frame["ds"].iloc[offsets[1:] - 1], long.freq, horizon)
         parts = [np.repeat(names, horizon), stamps, point.ravel(), *(levels[..., k].ravel() for k in range(len(quantiles)))]
         return pd.DataFrame(dict(zip(columns, parts, strict=True)))
@@ -121,7 +148,9 @@ class Forecaster:
         contexts: Sequence[npt.ArrayLike] | npt.NDArray[np.floating],
         horizon: int,
         *,
-        batch_size: int = 256,
+        batch_size: int = BATCH,
+        precision: Precision | None = None,
+        workers: int | None = None,
         progress: Progress | None = None,
     ) -> ForecastArrays:
         """Forecast the steps after the end of every array.
@@ -130,7 +159,7 @@ class Forecaster:
         ----------
         contexts
             W arrays of any lengths, or one array [W, L]; NaN where missing.
-        horizon, batch_size, progress
+        horizon, batch_size, precision, workers, progress
             As in :meth:`predict`.
 
         Returns
@@ -138,35 +167,70 @@ class Forecaster:
         ForecastArrays
             ``point`` [W, H] and ``quantiles`` [W, H, 9], in data units.
         """
+        options = _Options(batch_size, precision, workers, progress)
         rows = [np.asarray(row, dtype=np.float64) for row in contexts]
         if any(row.ndim != 1 for row in rows):
             raise ModelError("a context is not one-dimensional", hint="give one array a series, or an array [windows, steps]")
         offsets = np.zeros(len(rows) + 1, dtype=np.int64)
         np.cumsum([len(row) for row in rows], out=offsets[1:])
         values = np.concatenate(rows) if rows else np.empty(0)
-        return ForecastArrays(*self._forecast(values, offsets, horizon, _interpolation(QUANTILES), batch_size, progress))
+        return ForecastArrays(*self._forecast(values, offsets, horizon, _interpolation(QUANTILES), options))
 
     def _forecast(
-        self, values: Floats, offsets: Ints, horizon: int, weights: tuple[Ints, Floats], batch_size: int, progress: Progress | None
+        self, values: Floats, offsets: Ints, horizon: int, weights: tuple[Ints, Floats], options: _Options
     ) -> tuple[Floats, Floats]:
-        if horizon < 1 or batch_size < 1:
-            raise ModelError(f"horizon {horizon} with batches of {batch_size} cannot be forecast", hint="give both at least 1")
+        if horizon < 1:
+            raise ModelError(f"a horizon of {horizon} steps is none", hint="ask for at least 1 step")
+        model, device = self._model(options.precision), self.model.device
         lower, share = weights
         count = len(offsets) - 1
-        lengths = np.minimum(np.diff(offsets), self.model.config.context)
+        lengths = np.minimum(np.diff(offsets), model.config.context)
         order = np.argsort(lengths, kind="stable")
         point, levels = np.empty((count, horizon)), np.empty((count, horizon, len(lower)))
-        device = self.model.device
-        with torch.inference_mode():
-            for start in range(0, count, batch_size):
-                rows = order[start : start + batch_size]
+
+        def one_batch(start: int) -> int:
+            rows = order[start : start + options.batch_size]
+            with torch.inference_mode():  # a thread does not have it from the one that started it
                 context = torch.from_numpy(_gather(values, offsets, rows, int(lengths[rows[-1]]))).to(device)
-                forecast = self.model(context, context.isfinite(), horizon)
-                point[rows] = forecast.point.cpu().numpy()
-                levels[rows] = _interpolate(forecast.quantiles.cpu().numpy(), lower, share)
-                if progress is not None:
-                    progress(min(start + batch_size, count), count)
+                forecast = model(context, context.isfinite(), horizon)
+            point[rows] = forecast.point.cpu().numpy()
+            levels[rows] = _interpolate(forecast.quantiles.cpu().numpy(), lower, share)
+            return len(rows)
+
+        done = 0
+        with _mapping(device, options.workers or torch.get_num_threads()) as mapped:
+            for size in mapped(one_batch, range(0, count, options.batch_size)):
+                done += size
+                if options.progress is not None:
+                    options.progress(done, count)
         return point, levels
+
+    def _model(self, precision: Precision | None) -> PatchTransformer | DomainMixture:
+        """Return the model in the type of a precision: itself where it has that type."""
+        if precision is None:
+            return self.model
+        dtype = forecast_dtype(precision, self.model.device)
+        if all(parameter.dtype == dtype for parameter in self.model.parameters()):
+            return self.model
+        return copy.deepcopy(self.model).to(dtype)
+
+
+@contextmanager
+def _mapping(device: torch.device, workers: int) -> Iterator[Callable[[Callable[[int], int], Iterable[int]], Iterable[int]]]:
+    """Give a ``map`` that works in threads on a CPU; once it is left, what has not begun is not done.
+
+    Each thread computes on one core, also where it is the only one: how torch splits a product over cores changes its rounding.
+    """
+    if device.type != "cpu":
+        yield map
+        return
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)  # torch would give 1 to later threads of this process
 
 
 def load_model(folder: str | Path) -> PatchTransformer | DomainMixture:
@@ -190,6 +254,16 @@ def _gather(values: Floats, offsets: Ints, rows: Ints, length: int) -> Floats:
     places = offsets[rows + 1][:, None] + np.arange(-length, 0)
     inside = places >= offsets[rows][:, None]
     return np.where(inside, values[np.maximum(places, 0)], np.nan) if length else np.empty((len(rows), 0))
+
+
+def _columns(long: LongFrame, quantiles: Sequence[float]) -> list[str]:
+    """Return the columns of a forecast; a column of the data may not have the name of a result."""
+    columns = [long.columns.id, long.columns.time, "forecast", *(f"q{level:g}" for level in quantiles)]
+    if len(set(columns)) < len(columns):
+        raise ModelError(
+            f"the columns of the forecast would be {', '.join(columns)}, with one name twice", hint="rename that column of the data"
+        )
+    return columns
 
 
 def _series_of(ids: pd.Series[str]) -> tuple[npt.NDArray[np.object_], Ints]:

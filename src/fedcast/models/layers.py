@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedcast.kernels.blocks import DecoderBlockFunction, EncoderBlockFunction, fits
+
 _MASKED = -1e9  # finite, so that a row without any key stays finite; its softmax weight is exactly 0 elsewhere
 _ROPE_BASE = 100.0  # contexts are tens of patches: with the usual 10000 most pairs would hardly turn
 _SMALLEST_SCALE = 1e-30
@@ -81,7 +83,7 @@ def rotary_table(length: int, width: int, dtype: torch.dtype, device: torch.devi
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn ``x`` [..., N, e] by the rows of a :func:`rotary_table`."""
+    """Turn ``x`` [..., h, N, e] by a :func:`rotary_table`, or by one table a row of the batch, [B, 1, N, e] each."""
     cosines, sines = table
     return torch.addcmul(x * cosines, x.roll(x.shape[-1] // 2, -1), sines)
 
@@ -92,11 +94,16 @@ def key_bias(patch_mask: Tensor, dtype: torch.dtype) -> Tensor:
     A row without any usable key attends to all of its patches instead.
     """
     excluded = patch_mask.logical_not() & patch_mask.any(dim=-1, keepdim=True)
-    return (excluded.to(dtype) * _MASKED)[:, None, None, :]
+    return exclude(excluded, dtype)[:, None, None, :]
+
+
+def exclude(excluded: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return an additive attention mask of the same shape: 0, and where ``excluded`` is True so low that the weight is 0."""
+    return excluded.to(dtype) * _MASKED
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """Scaled dot-product attention of [B, h, N, e] tensors with an additive bias [B, 1, 1, N_keys].
+    """Scaled dot-product attention of [B, h, N, e] tensors with an additive bias [B, 1, 1 or N, N_keys].
 
     On the CPU, torch's fused kernel is up to five times slower than plain products in bfloat16, and when float32 products are
     routed to oneDNN (``torch.set_float32_matmul_precision("medium")``); plain products are used there. Both give the same result
@@ -110,7 +117,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
 def _attend_explicitly(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     batch, heads, length, width = query.shape
     flat = batch * heads
-    spread = bias.expand(batch, heads, 1, -1).reshape(flat, 1, -1)
+    spread = bias.expand(batch, heads, -1, -1).flatten(0, 1)  # [B h, 1 or N, N_keys]
     keys = key.reshape(flat, -1, width).transpose(1, 2)
     scores = torch.baddbmm(spread, query.reshape(flat, length, width), keys, alpha=width**-0.5)  # [B h, N, N_keys]
     mixed = torch.bmm(scores.softmax(dim=-1), value.reshape(flat, -1, width))
@@ -153,7 +160,15 @@ class PatchEmbedding(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Pre-norm self-attention and feed-forward, both residual."""
+    """Pre-norm self-attention and feed-forward, both residual.
+
+    Attributes
+    ----------
+    native
+        Whether to compute with the native kernels (:mod:`fedcast.kernels`) where they fit: bfloat16 on the CPU.
+    """
+
+    native: bool = False
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -172,11 +187,14 @@ class EncoderBlock(nn.Module):
         x
             Tokens, [B, N, d].
         bias
-            From :func:`key_bias`.
+            Additive attention bias, [B, 1, 1, N] from :func:`key_bias` or [B, 1, N, N].
         table
-            Rotary table of the N positions, or ``None`` with learned positions.
+            Rotary table of the N positions, see :func:`rotate`, or ``None`` with learned positions.
         """
         batch, length, width = x.shape
+        if self.native and fits(x, length, self.heads):
+            own = (*_pair(self.attention_norm), *_pair(self.qkv))
+            return EncoderBlockFunction.apply(x, bias, table, self.heads, *own, *_rest(self))  # type: ignore[no-any-return, no-untyped-call]
         packed = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, width // self.heads)
         packed = packed.permute(2, 0, 3, 1, 4).contiguous()  # [3, B, h, N, e]
         pair, (value,) = packed.split((2, 1))
@@ -190,8 +208,11 @@ class DecoderBlock(nn.Module):
     """Pre-norm cross-attention of horizon queries to encoder features and feed-forward, both residual.
 
     Queries do not see each other, so a shorter horizon needs only its own queries. The feed-forward part is twice as wide as the
-    model, half of the encoder's: what is shared between domains belongs in the encoder.
+    model, half of the encoder's: what is shared between domains belongs in the encoder. ``native`` is as in
+    :class:`EncoderBlock`.
     """
+
+    native: bool = False
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -204,7 +225,12 @@ class DecoderBlock(nn.Module):
         self.feed_forward = FeedForward(width, 2 * width)
 
     def forward(
-        self, x: Tensor, features: Tensor, bias: Tensor, tables: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+        self,
+        x: Tensor,
+        features: Tensor,
+        bias: Tensor,
+        tables: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Map queries [B, M, d] to [B, M, d].
 
@@ -213,18 +239,34 @@ class DecoderBlock(nn.Module):
         x
             Horizon tokens, [B, M, d].
         features
-            Encoder features, [B, N, d], already normalised.
+            Encoder features, [B, N, d], or [R, N, d] where several windows share a row; already normalised.
         bias
-            From :func:`key_bias`.
+            Additive attention bias, [B, 1, 1, N].
         tables
-            Rotary tables of the M horizon and the N context positions, or ``None`` with learned positions.
+            Rotary tables of the M horizon and the N context positions, see :func:`rotate`, or ``None`` with learned positions.
+        rows
+            int64 [B]: the row of each window's features; ``None`` when each has its own.
         """
         batch, length, width = x.shape
+        if self.native and fits(x, features.shape[1], self.heads):
+            own = (*_pair(self.attention_norm), *_pair(self.query), *_pair(self.kv))
+            return DecoderBlockFunction.apply(x, features, bias, tables, rows, self.heads, *own, *_rest(self))  # type: ignore[no-any-return, no-untyped-call]
         query = self.query(self.attention_norm(x)).view(batch, length, self.heads, -1).transpose(1, 2)  # [B, h, M, e]
-        packed = self.kv(features).view(batch, features.shape[1], 2, self.heads, width // self.heads)
+        packed = self.kv(features).view(*features.shape[:2], 2, self.heads, width // self.heads)
         key, value = packed.permute(2, 0, 3, 1, 4).contiguous().unbind()  # [B, h, N, e] each
         if tables is not None:
             query, key = rotate(query, tables[0]), rotate(key, tables[1])
+        if rows is not None:
+            key, value = key.index_select(0, rows), value.index_select(0, rows)
         mixed = attend(query, key, value, bias)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
         return cast(Tensor, x + self.feed_forward(self.forward_norm(x)))
+
+
+def _pair(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    return cast(Tensor, layer.weight), cast(Tensor, layer.bias)
+
+
+def _rest(block: EncoderBlock | DecoderBlock) -> tuple[Tensor, ...]:
+    feed = block.feed_forward
+    return (*_pair(block.out), *_pair(block.forward_norm), *_pair(feed.hidden), *_pair(feed.out))

@@ -13,6 +13,7 @@ from fedcast.errors import ModelError
 from fedcast.models.base import QUANTILES, Forecast, ModelConfig, Output
 from fedcast.models.files import Document, check_tensors, read_config, read_model, write_model
 from fedcast.models.layers import DecoderBlock, EncoderBlock, InstanceNorm, Linear, PatchEmbedding, key_bias, rotary_table
+from fedcast.models.packing import Packing, arrange
 from fedcast.spec import ModelSpec
 
 FORMAT = "fedcast.patch_transformer"
@@ -34,11 +35,27 @@ class Tokens(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Encoded windows: their patches, the additive attention bias of their keys, and features [B, N, d] in the parameters' type."""
+    """Encoded windows, in the parameters' type.
+
+    Attributes
+    ----------
+    tokens
+        Their patches.
+    features
+        [B, N, d]; what stands at a patch without observed points has no meaning.
+    memory
+        What the decoder reads: the features of the last W patches [B, W, d], or of packed rows [R, W, d].
+    bias
+        Additive attention bias of each window over its keys, [B, 1, 1, W].
+    packing
+        How the rows of ``memory`` are packed; ``None`` when each window has its own.
+    """
 
     tokens: Tokens
-    bias: Tensor
     features: Tensor
+    memory: Tensor
+    bias: Tensor
+    packing: Packing | None
 
 
 class Encoder(nn.Module):
@@ -56,11 +73,15 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(EncoderBlock(config.d_model, config.n_heads) for _ in range(config.encoder_layers))
         self.norm = nn.LayerNorm(config.d_model)
 
-    def forward(self, patches: Tensor, bias: Tensor, table: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Map patches [B, N, 2 * patch] to features [B, N, d]; see :class:`~fedcast.models.layers.EncoderBlock`."""
+    def forward(self, patches: Tensor, bias: Tensor, table: tuple[Tensor, Tensor] | None, places: Tensor | None = None) -> Tensor:
+        """Map patches [B, N, 2 * patch] to features [B, N, d]; see :class:`~fedcast.models.layers.EncoderBlock`.
+
+        ``places``, int64 [B, N], are the positions of the patches; by default they are the last N.
+        """
         x = self.embedding(patches)
         if self.positions is not None:
-            x = x + self.positions[-x.shape[1] :]  # counted from the end: the newest patch always has the last position
+            # counted from the end: the newest patch always has the last position
+            x = x + (self.positions[-x.shape[1] :] if places is None else nn.functional.embedding(places, self.positions))
         for block in self.blocks:
             x = block(x, bias, table)
         return cast(Tensor, self.norm(x))
@@ -76,12 +97,17 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(config.d_model)
 
     def forward(
-        self, features: Tensor, bias: Tensor, patches: int, tables: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+        self,
+        features: Tensor,
+        bias: Tensor,
+        patches: int,
+        tables: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """Map features [B, N, d] to the first ``patches`` horizon tokens [B, patches, d]."""
-        x = self.queries[:patches].expand(features.shape[0], -1, -1)
+        """Map features to the first ``patches`` horizon tokens [B, patches, d]; see :class:`~fedcast.models.layers.DecoderBlock`."""
+        x = self.queries[:patches].expand(bias.shape[0], -1, -1)
         for block in self.blocks:
-            x = block(x, features, bias, tables)
+            x = block(x, features, bias, tables, rows)
         return cast(Tensor, self.norm(x))
 
 
@@ -116,11 +142,17 @@ class PatchTransformer(nn.Module):
         The shape.
     seed
         Seed of the initial weights. The global random state is neither read nor changed.
+
+    Attributes
+    ----------
+    packs
+        Whether patches without observed points are left out of the encoder's batch; False keeps shapes fixed, for compiled code.
     """
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
+        self.packs = True
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.heads = Heads(config)
@@ -140,6 +172,11 @@ class PatchTransformer(nn.Module):
     def dtype(self) -> torch.dtype:
         """Type of the parameters."""
         return self.decoder.queries.dtype
+
+    def use_native(self, on: bool) -> None:
+        """Compute blocks with the native kernels (:mod:`fedcast.kernels`) where they fit, or stop doing so; they must be compiled."""
+        for block in (*self.encoder.blocks, *self.decoder.blocks):
+            cast(EncoderBlock | DecoderBlock, block).native = on
 
     def normalised(self, context: Tensor, mask: Tensor, horizon: int) -> Output:
         """Forecast in normalised units, in one pass, for training.
@@ -167,21 +204,38 @@ class PatchTransformer(nn.Module):
     def encode(self, context: Tensor, mask: Tensor) -> Encoded:
         """Return what a decoder reads; parameters as in :meth:`normalised`."""
         tokens = self.tokens(context, mask)
-        bias = key_bias(tokens.mask, self.dtype)
-        return Encoded(tokens, bias, self._encode(tokens, bias))
+        count = tokens.mask.shape[1]
+        width, packing = arrange(tokens.mask) if self.packs else (count, None)
+        if packing is not None:
+            places = self._places(packing, count)
+            memory = self.encoder(packing.gather(tokens.patches), packing.own_bias(self.dtype), self._table(places), places)
+            return Encoded(tokens, packing.restore(memory, count), memory, packing.window_bias(self.dtype), packing)
+        bias = key_bias(tokens.mask[:, count - width :], self.dtype)
+        memory = self.encoder(tokens.patches[:, count - width :], bias, self._table(self._last(width)))
+        features = memory if width == count else nn.functional.pad(memory, (0, 0, count - width, 0))
+        return Encoded(tokens, features, memory, bias, None)
 
     def decode(self, encoded: Encoded, horizon: int) -> Output:
         """Forecast from encoded windows, in normalised units; ``horizon`` is from 1 to ``config.horizon``."""
-        tokens, bias, features = encoded
+        tokens, features, memory, bias, packing = encoded
         needed = -(-horizon // self.config.patch)
-        decoded = self.decoder(features, bias, needed, self._decoder_tables(features, needed))
+        now = self.config.context_patches
+        keys = self._last(memory.shape[1]) if packing is None else self._places(packing, tokens.mask.shape[1])
+        asking, asked = self._table(slice(now, now + needed)), self._table(keys)
+        tables = None if asking is None or asked is None else (asking, asked)
+        decoded = self.decoder(memory, bias, needed, tables, None if packing is None else packing.rows)
         point, quantiles = self.heads(decoded, horizon)
         return Output(point.float(), quantiles.float(), features.float(), tokens.mask, tokens.loc, tokens.scale)
 
     def embed(self, context: Tensor, mask: Tensor) -> Tensor:
-        """Return the encoder's features [B, N, d] in float32; parameters as in :meth:`normalised`."""
-        tokens = self.tokens(context, mask)
-        return self._encode(tokens, key_bias(tokens.mask, self.dtype)).float()
+        """Return the encoder's features [B, N, d] in float32, zeros for patches without observed points; see :meth:`normalised`.
+
+        A window without any observed point has features throughout.
+        """
+        encoded = self.encode(context, mask)
+        seen = encoded.tokens.mask
+        unused = seen.logical_not() & seen.any(dim=1, keepdim=True)
+        return encoded.features.float().masked_fill(unused.unsqueeze(-1), 0.0)
 
     def forward(self, context: Tensor, mask: Tensor, horizon: int) -> Forecast:
         """Forecast in data units, for any horizon.
@@ -224,22 +278,23 @@ class PatchTransformer(nn.Module):
         seen = patches[..., patch:].amax(dim=-1) > 0  # [B, N]
         return Tokens(patches.to(self.dtype), seen, loc, scale)
 
-    def _encode(self, tokens: Tokens, bias: Tensor) -> Tensor:
-        table = None
-        if self.config.position == "rope":
-            table = self._rows(tokens.patches, self.config.context_patches - tokens.patches.shape[1], self.config.context_patches)
-        return cast(Tensor, self.encoder(tokens.patches, bias, table))
+    def _last(self, count: int) -> slice:
+        """Return the positions of the last ``count`` patches of the context."""
+        return slice(self.config.context_patches - count, self.config.context_patches)
 
-    def _decoder_tables(self, features: Tensor, needed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    def _places(self, packing: Packing, count: int) -> Tensor:
+        """Return the positions [R, W] of packed patches out of windows of ``count``."""
+        return packing.source % count + (self.config.context_patches - count)
+
+    def _table(self, places: slice | Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the rotary table of positions (a range, or [R, W]), or ``None`` with learned positions."""
         if self.config.position != "rope":
             return None
-        now = self.config.context_patches
-        return self._rows(features, now, now + needed), self._rows(features, now - features.shape[1], now)
-
-    def _rows(self, like: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        width = self.config.d_model // self.config.n_heads
-        cosines, sines = rotary_table(self.config.context_patches + self.config.horizon_patches, width, like.dtype, like.device)
-        return cosines[start:stop], sines[start:stop]
+        length, width = self.config.context_patches + self.config.horizon_patches, self.config.d_model // self.config.n_heads
+        cosines, sines = rotary_table(length, width, self.dtype, self.device)
+        if isinstance(places, slice):
+            return cosines[places], sines[places]
+        return cosines[places].unsqueeze(1), sines[places].unsqueeze(1)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``model.safetensors`` and ``config.json``; see :func:`fedcast.models.files.write_model`.

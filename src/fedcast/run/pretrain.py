@@ -26,7 +26,7 @@ from fedcast.models.patch import PatchTransformer
 from fedcast.run.folder import RunFolder, write_text
 from fedcast.run.prepare import Prepared, prepare, start_fleet
 from fedcast.spec import RunSpec, load_spec
-from fedcast.training.precision import resolve_precision
+from fedcast.training.backend import Backend
 from fedcast.version import __version__, code_version
 
 
@@ -98,26 +98,29 @@ def pretrain(
     folder = RunFolder(output if output is not None else Path("runs") / run_spec.name)
     prepared = prepare(run_spec, method)
     with folder.locked():
-        held = folder.claim(run_spec, _about(run_spec, prepared))
-        # Resolved once, by whoever started the run: every site computes in the same precision, also after a resume elsewhere.
-        training = run_spec.training.model_copy(update={"precision": folder.about()["precision"]})
-        resolved = run_spec.model_copy(update={"training": training})
+        # Chosen once, by whoever started the run: every site computes alike, also after a resume elsewhere.
+        resumes = (folder.path / "run.json").is_file()
+        backend = Backend.recorded(folder.about()) if resumes else Backend.resolve(run_spec.training)
+        held = folder.claim(run_spec, _about(run_spec, prepared, backend))
+        resolved = run_spec.model_copy(update={"training": backend.written_into(run_spec.training)})
         if not (held and (folder.path / "results.parquet").is_file()):
-            _Pretraining(resolved, method, prepared, folder, observer or Silent()).run(resume=held)
+            with backend.in_use():
+                _Pretraining(resolved, method, prepared, folder, observer or Silent()).run(resume=held)
     return Run(folder.path)
 
 
-def _about(spec: RunSpec, prepared: Prepared) -> dict[str, Any]:
+def _about(spec: RunSpec, prepared: Prepared, backend: Backend) -> dict[str, Any]:
     return {
         "spec_fingerprint": spec.fingerprint(),
         "data_fingerprint": prepared.fingerprint,
-        "precision": resolve_precision(spec.training.precision),
+        **backend.record(),
         "series_left_out": prepared.left_out,
         "version": __version__,
         "code": code_version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "processor": str(torch.cpu.get_capabilities().get("cpu_name", platform.machine())),
+        **({"accelerator": torch.cuda.get_device_name()} if backend.device == "cuda" else {}),
     }
 
 

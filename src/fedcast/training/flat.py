@@ -7,13 +7,15 @@ is one copy, a client's update one subtraction, and the optimiser one fused pass
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
 import torch
 from torch import Tensor, nn
+
+from fedcast.kernels.library import kernels
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ class FlatParameters:
     ----------
     vector
         Master weights, float32 ``[size]``.
+    compute
+        The weights that modules compute with, in the compute dtype ``[size]``.
     gradient
         Gradient in the compute dtype ``[size]``.
     """
@@ -107,9 +111,9 @@ class FlatParameters:
     def __init__(self, parameters: Mapping[str, nn.Parameter], layout: Layout, dtype: torch.dtype) -> None:
         self.layout = layout
         self.vector = layout.flatten(parameters)
-        self._compute = self.vector if dtype == torch.float32 else self.vector.to(dtype)
-        self.gradient = torch.zeros_like(self._compute)
-        views, gradients = layout.views(self._compute), layout.views(self.gradient)
+        self.compute = self.vector if dtype == torch.float32 else self.vector.to(dtype)
+        self.gradient = torch.zeros_like(self.compute)
+        views, gradients = layout.views(self.compute), layout.views(self.gradient)
         for name in layout.names:
             parameters[name].data = views[name]
             parameters[name].grad = gradients[name]
@@ -126,8 +130,8 @@ class FlatParameters:
 
     def publish(self) -> None:
         """Copy the master weights into the compute vector; call after every change of ``vector``."""
-        if self._compute is not self.vector:
-            self._compute.copy_(self.vector)
+        if self.compute is not self.vector:
+            self.compute.copy_(self.vector)
 
     def bind(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Let another module's parameters be views of the master weights (a float32 twin for evaluation)."""
@@ -148,11 +152,23 @@ class FlatAdamW:
         As in AdamW (Loshchilov and Hutter, 2019).
     clip_norm
         Largest Euclidean norm of the gradient.
+    native
+        Whether clipping, step and publishing run as one native pass (bfloat16 gradients on the CPU; :mod:`fedcast.kernels`).
     """
 
-    def __init__(self, parameters: FlatParameters, *, beta1: float, beta2: float, weight_decay: float, clip_norm: float) -> None:
+    def __init__(
+        self,
+        parameters: FlatParameters,
+        *,
+        beta1: float,
+        beta2: float,
+        weight_decay: float,
+        clip_norm: float,
+        native: bool = False,
+    ) -> None:
         self._flat = parameters
         self._clip_norm = clip_norm
+        self._native = native and parameters.gradient.dtype == torch.bfloat16 and parameters.gradient.device.type == "cpu"
         self._weight = nn.Parameter(parameters.vector, requires_grad=True)
         same = parameters.gradient.dtype == torch.float32
         self._gradient = parameters.gradient if same else torch.zeros_like(parameters.vector)
@@ -161,12 +177,15 @@ class FlatAdamW:
         self._moments: dict[str, Tensor] = {
             "exp_avg": torch.zeros_like(parameters.vector),
             "exp_avg_sq": torch.zeros_like(parameters.vector),
-            "step": torch.zeros(()),
+            "step": torch.zeros((), device=parameters.vector.device),
         }
         self._adamw.state[self._weight] = self._moments
 
     def step(self, rate: float) -> None:
         """Take one step with learning rate ``rate`` and publish the new weights."""
+        if self._native:
+            self._native_step(rate)
+            return
         if self._gradient is not self._flat.gradient:
             self._gradient.copy_(self._flat.gradient)
         norm = torch.linalg.vector_norm(self._gradient)
@@ -174,6 +193,18 @@ class FlatAdamW:
         self._adamw.param_groups[0]["lr"] = rate
         self._adamw.step()
         self._flat.publish()
+
+    def _native_step(self, rate: float) -> None:
+        flat, moments, settings = self._flat, self._moments, self._adamw.param_groups[0]
+        step = int(moments["step"].add_(1).item())
+        norm = kernels().sum_of_squares(flat.gradient.data_ptr(), flat.gradient.numel()) ** 0.5
+        scale = min(1.0, self._clip_norm / (norm + 1e-6))
+        beta1, beta2 = settings["betas"]
+        kernels().adamw(
+            *(t.data_ptr() for t in (flat.gradient, flat.vector, moments["exp_avg"], moments["exp_avg_sq"], flat.compute)),
+            flat.vector.numel(),
+            *(scale, rate, beta1, beta2, settings["eps"], settings["weight_decay"], 1 - beta1**step, 1 - beta2**step),
+        )
 
     def reset(self) -> None:
         """Forget the moments."""
@@ -188,19 +219,3 @@ class FlatAdamW:
         """Take moments over, as :meth:`state` gave them."""
         for name, moment in self._moments.items():
             moment.copy_(state[name])
-
-
-def weighted_mean(vectors: Iterable[Tensor], weights: Iterable[float]) -> Tensor:
-    """Return the weighted mean of float32 vectors ``[n]``, accumulated in float64.
-
-    The caller fixes the order (site names): the sum then gives the same bytes whatever the order of arrival.
-    """
-    total: Tensor | None = None
-    mass = 0.0
-    for vector, weight in zip(vectors, weights, strict=True):
-        total = torch.zeros(vector.shape, dtype=torch.float64) if total is None else total
-        total.add_(vector, alpha=weight)
-        mass += weight
-    if total is None or mass <= 0:
-        return torch.zeros(0)
-    return (total / mass).float()

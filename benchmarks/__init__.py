@@ -1,0 +1,1 @@
+"""One script a table; see README.md beside this file."""

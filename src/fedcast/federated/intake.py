@@ -1,0 +1,86 @@
+"""What a round keeps of its replies: each is screened as it arrives, and its weights are averaged at once where the method allows it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from fedcast.errors import ScreenError
+from fedcast.federated.messages import Reply, screen
+from fedcast.methods.base import MODEL_PARTS, Method, Server, Update
+from fedcast.training.aggregate import StreamingMean
+
+
+class Intake:
+    """The replies of one round.
+
+    Where the method streams (:attr:`Method.streams`), memory does not grow with the number of sites, but for the private weights
+    that serve unseen domains. Else every reply is kept until :meth:`aggregate`.
+
+    Parameters
+    ----------
+    method
+        The method.
+    samples
+        Declared training points of the sites that were asked.
+    shapes
+        Tensors that a reply must hold, with their shapes.
+
+    Attributes
+    ----------
+    meta
+        JSON values of each usable reply, by site.
+    nbytes
+        Bytes of all tensors that arrived.
+    """
+
+    def __init__(self, method: Method, samples: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._method, self._shapes = method, shapes
+        self._awaited = dict(samples)
+        sizes = {name: shapes[name][0] for name in MODEL_PARTS if name in shapes}
+        self._mean = StreamingMean(sizes, sum(samples.values())) if method.streams else None
+        self._keeps_private = "private" in shapes and method.unseen() != "shadow"
+        self._updates: dict[str, Update] = {}
+        self._experts: dict[str, Tensor] = {}
+        self._refused: dict[str, str] = {}
+        self.meta: dict[str, Mapping[str, Any]] = {}
+        self.nbytes = 0
+
+    def take(self, site: str, reply: Reply) -> None:
+        """Screen a reply and take it in; only the first of a site that was asked counts."""
+        if site not in self._awaited:
+            return
+        declared = self._awaited.pop(site)
+        self.nbytes += reply.nbytes
+        tensors = reply.tensors
+        try:
+            screen(reply, self._shapes, largest_samples=declared)
+            if self._mean is not None:
+                self._mean.add(tensors, reply.meta["samples"])
+        except ScreenError as error:
+            self._refused[site] = error.message
+            return
+        if self._keeps_private:
+            self._experts[site] = tensors["private"]
+        if self._mean is not None:
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in MODEL_PARTS}
+        self._updates[site] = Update(site, tensors, reply.meta["samples"])
+        self.meta[site] = reply.meta
+
+    @property
+    def dropped(self) -> dict[str, str]:
+        """Why sites are not part of the round, in the order of their names."""
+        late = dict.fromkeys(self._awaited, "no reply before the deadline")
+        return dict(sorted((self._refused | late).items()))
+
+    def aggregate(self, server: Server) -> None:
+        """Bring the round into the server's state and let go of the vectors."""
+        updates = [update for _, update in sorted(self._updates.items())]
+        if self._mean is None:
+            self._method.aggregate(server, updates)
+        else:
+            server.settle(self._mean.means(), {update.site: float(update.samples) for update in updates})
+        server.experts |= self._experts
+        self._mean, self._updates, self._experts = None, {}, {}
