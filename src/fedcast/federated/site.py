@@ -169,6 +169,7 @@ class Site:
             lambda batch: self._method.local_loss(client, batch),
             steps=steps,
             rate=lambda step: learning_rate(self._spec.training, done + step, total),
+            correction=lambda: self._method.correction(client),
         )
         if not (isfinite(record.loss) and bool(torch.isfinite(workspace.parameters.vector).all())):
             # Kept, such weights would spoil every later round of the site.

@@ -136,6 +136,8 @@ class Server:
         Private weights of each site as it last exported them, float32 ``[private_size]``, where :meth:`Method.unseen` wants them.
     round, rounds
         The round just being aggregated (from 1) and how many there are.
+    sites
+        How many sites train, whether they are selected this round or not.
     log
         JSON values for the round's row.
     """
@@ -146,6 +148,7 @@ class Server:
     tensors: dict[str, Tensor]
     round: int
     rounds: int
+    sites: int = 1
     experts: dict[str, Tensor] = field(default_factory=dict)
     log: dict[str, Any] = field(default_factory=dict)
 
@@ -211,6 +214,10 @@ class Method:
         loss, _ = client.task_loss(batch)
         return loss
 
+    def correction(self, client: Client) -> Tensor | None:
+        """Return what is added to the gradient of this step, float32 ``[size]``, before it is clipped; ``None``: nothing."""
+        return None
+
     def reply(self, client: Client) -> dict[str, Tensor]:
         """Return further tensors to send beside the shared weights; declared by :meth:`reply_shapes`."""
         return {}
@@ -246,6 +253,13 @@ class Method:
         """Whether the server may average replies as they arrive, weighted by training points, and keep none of them."""
         cls = type(self)
         return cls.aggregate is Method.aggregate and cls.combine is Method.combine
+
+
+def shared_size(method: Method, config: ModelConfig) -> int:
+    """Return how many of the model's weights travel: the length of ``"shared"``."""
+    with torch.device("meta"):
+        model = PatchTransformer(config)
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if method.shares(name))
 
 
 def method_names() -> list[str]:

@@ -138,6 +138,7 @@ class _Pretraining:
             tensors={},
             round=0,
             rounds=spec.federation.rounds,
+            sites=sum(role.trains for role in prepared.roles.values()),
         )
 
     def run(self, *, resume: bool) -> None:

@@ -181,13 +181,24 @@ class FlatAdamW:
         }
         self._adamw.state[self._weight] = self._moments
 
-    def step(self, rate: float) -> None:
-        """Take one step with learning rate ``rate`` and publish the new weights."""
-        if self._native:
+    def step(self, rate: float, correction: Tensor | None = None) -> None:
+        """Take one step with learning rate ``rate`` and publish the new weights.
+
+        Parameters
+        ----------
+        rate
+            Learning rate.
+        correction
+            Added to the gradient before it is clipped, in float32 ``[size]``: in bfloat16 what is small beside the gradient would
+            be rounded away.
+        """
+        if self._native and correction is None:
             self._native_step(rate)
             return
         if self._gradient is not self._flat.gradient:
             self._gradient.copy_(self._flat.gradient)
+        if correction is not None:
+            self._gradient.add_(correction)
         norm = torch.linalg.vector_norm(self._gradient)
         self._gradient.mul_((self._clip_norm / (norm + 1e-6)).clamp_(max=1.0))
         self._adamw.param_groups[0]["lr"] = rate

@@ -43,6 +43,7 @@ def train(
     *,
     steps: int,
     rate: Callable[[int], float],
+    correction: Callable[[], Tensor | None] = lambda: None,
 ) -> TrainingRecord:
     """Take ``steps`` steps.
 
@@ -58,6 +59,8 @@ def train(
         Number of gradient steps.
     rate
         Learning rate of a local step.
+    correction
+        What is added to the gradient of each step, float32 ``[size]``; called after the backward pass.
     """
     losses: list[Tensor] = []
     seconds = 0.0
@@ -67,7 +70,7 @@ def train(
         parameters.gradient.zero_()
         value = loss(batch)
         value.backward()  # type: ignore[no-untyped-call]
-        optimiser.step(rate(step))
+        optimiser.step(rate(step), correction())
         losses.append(value.detach())
         seconds += time.perf_counter() - start
     # Read once: every reading waits for the device.
