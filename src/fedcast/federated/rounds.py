@@ -21,7 +21,6 @@ from fedcast.federated.intake import Intake
 from fedcast.federated.messages import Reply, Task
 from fedcast.federated.site import SiteRole
 from fedcast.methods.base import Method, Server
-from fedcast.models.base import ModelConfig
 from fedcast.spec import RunSpec
 
 
@@ -155,7 +154,7 @@ class RoundLoop:
 
     def _collect(self, tasks: Mapping[str, Task], number: int) -> Intake:
         layout = self.server.layout
-        shapes = {"shared": (layout.shared_size,), **self.method.reply_shapes(ModelConfig.of(self.spec.model))}
+        shapes = {"shared": (layout.shared_size,), **self.method.reply_shapes(self.method.model_config(self.spec.model))}
         if self._exports(number):
             shapes["private"] = (layout.private_size,)
         intake = Intake(self.method, {site: self.samples[site] for site in tasks}, shapes)

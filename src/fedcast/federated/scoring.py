@@ -14,7 +14,7 @@ from fedcast.data.windows import Batch, WindowSampler
 from fedcast.evaluate.baselines import baseline_forecast
 from fedcast.evaluate.metrics import score
 from fedcast.evaluate.windows import EvaluationSet, evaluation_set
-from fedcast.models.base import QUANTILES, ModelConfig
+from fedcast.models.base import QUANTILES
 from fedcast.models.mixture import DomainMixture
 from fedcast.models.patch import PatchTransformer
 from fedcast.spec import RunSpec
@@ -28,7 +28,6 @@ class SiteScores:
 
     def __init__(self, site: str, store: SeriesStore, splits: Splits, sampler: WindowSampler, spec: RunSpec) -> None:
         self._site, self._store, self._splits, self._sampler, self._spec = site, store, splits, sampler, spec
-        self.model_config = ModelConfig.of(spec.model)
         self._validation: Batch | None = None
         self._test: EvaluationSet | None = None
 

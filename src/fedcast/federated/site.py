@@ -126,7 +126,7 @@ class Site:
 
     def _workspace(self, workspaces: Workspaces) -> Workspace:
         def make() -> dict[str, torch.nn.Module]:
-            config = self._scores.model_config
+            config = self._method.model_config(self._spec.model)
             return build_extra(lambda: self._method.modules(config, self._sampler), self._spec.seed)
 
         if self._shapes is None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedcast.methods.base import Method
+from fedcast.models.architectures import build_model
 from fedcast.models.base import ModelConfig
 from fedcast.models.mixture import DomainMixture
 from fedcast.models.patch import PatchTransformer
@@ -102,7 +103,7 @@ class Workspace:
 def model_layout(spec: RunSpec, method: Method) -> tuple[Layout, Tensor]:
     """Return the layout of the model's parameters and their initial values ``[size]``."""
     with _BUILD:
-        model = PatchTransformer.from_spec(spec.model, seed=spec.seed)
+        model = build_model(method.model_config(spec.model), spec.seed)
     named = dict(model.named_parameters())
     layout = Layout.of(named, method.shares)
     return layout, layout.flatten(named)
@@ -120,8 +121,7 @@ def build_workspace(spec: RunSpec, method: Method, extra: Mapping[str, nn.Module
     # Built on its own stream: no kernel of it can then run before those that fill its tensors.
     with torch.cuda.stream(stream):
         with _BUILD:
-            model = PatchTransformer.from_spec(spec.model, seed=spec.seed).to(backend.device)
-            twin = PatchTransformer.from_spec(spec.model, seed=spec.seed).to(backend.device)
+            model, twin = (build_model(method.model_config(spec.model), spec.seed).to(backend.device) for _ in range(2))
         modules = nn.ModuleDict(dict(extra)).to(backend.device)
         shared = {name: p for name, p in model.named_parameters() if method.shares(name)}
         private = {name: p for name, p in model.named_parameters() if name not in shared}

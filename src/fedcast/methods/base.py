@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
 import numpy as np
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from fedcast.data.windows import Batch, WindowSampler
 from fedcast.errors import SpecError, UnknownNameError
+from fedcast.models.architectures import build_model
 from fedcast.models.base import ModelConfig, Output
 from fedcast.models.patch import PatchTransformer
-from fedcast.spec import MethodSpec
+from fedcast.spec import MethodSpec, ModelSpec
 from fedcast.tasks.forecast import ForecastTask
 from fedcast.training.aggregate import Vectors, weighted_mean
 from fedcast.training.flat import FlatParameters, Layout
@@ -174,12 +175,15 @@ class Method:
         True for centralised controls: one client holds all domains.
     balance
         How a client draws windows: over all windows, or first over its data sets or domains.
+    architecture
+        The model it trains; see :mod:`fedcast.models.architectures`.
     """
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     pooled: ClassVar[bool] = False
     balance: ClassVar[Literal["none", "dataset", "domain"]] = "dataset"
+    architecture: ClassVar[str] = "patch"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Register the subclass; a duplicate or empty name is refused."""
@@ -191,6 +195,10 @@ class Method:
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise SpecError(f"two methods are named {cls.name!r}: {known.__module__} and {cls.__module__}", hint="rename one of them")
         METHODS[cls.name] = cls
+
+    def model_config(self, model: ModelSpec) -> ModelConfig:
+        """Return the configuration of the model it trains, from a spec's ``[model]`` section."""
+        return replace(ModelConfig.of(model), architecture=self.architecture)
 
     def unseen(self) -> Unseen:
         """Return which model forecasts a domain that no site has seen.
@@ -258,7 +266,7 @@ class Method:
 def shared_size(method: Method, config: ModelConfig) -> int:
     """Return how many of the model's weights travel: the length of ``"shared"``."""
     with torch.device("meta"):
-        model = PatchTransformer(config)
+        model = build_model(config)
     return sum(parameter.numel() for name, parameter in model.named_parameters() if method.shares(name))
 
 

@@ -102,6 +102,10 @@ class ModelConfig:
         ``"rope"`` or ``"learned"``.
     size
         Name of the size, for people.
+    architecture
+        Which class computes it; see :mod:`fedcast.models.architectures`.
+    settings
+        Names and values that only this architecture knows.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
@@ -124,6 +128,8 @@ class ModelConfig:
     patch: int
     position: Literal["rope", "learned"] = "rope"
     size: str = "custom"
+    architecture: str = "patch"
+    settings: tuple[tuple[str, int | float | str], ...] = ()
 
     def __post_init__(self) -> None:
         for name, largest in self._LARGEST.items():

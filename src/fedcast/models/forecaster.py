@@ -24,7 +24,7 @@ from fedcast.models.base import QUANTILES, ForecastArrays
 from fedcast.models.files import CONFIG, model_format
 from fedcast.models.mixture import FORMAT as MIXTURE
 from fedcast.models.mixture import DomainMixture
-from fedcast.models.patch import PatchTransformer
+from fedcast.models.patch import PatchTransformer, model_class
 from fedcast.models.precision import Precision, forecast_dtype
 
 Floats = npt.NDArray[np.float64]
@@ -246,7 +246,7 @@ def load_model(folder: str | Path) -> PatchTransformer | DomainMixture:
     if sites:
         raise CheckpointError(f"{path} holds one model a site: {', '.join(sites)}", hint=f"name one of them, such as {path / sites[0]}")
     mixture = model_format(path) == MIXTURE
-    return DomainMixture.from_pretrained(folder) if mixture else PatchTransformer.from_pretrained(folder)
+    return DomainMixture.from_pretrained(folder) if mixture else model_class(folder).from_pretrained(folder)
 
 
 def _gather(values: Floats, offsets: Ints, rows: Ints, length: int) -> Floats:

@@ -106,10 +106,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     """Scaled dot-product attention of [B, h, N, e] tensors with an additive bias [B, 1, 1 or N, N_keys].
 
     On the CPU, torch's fused kernel is up to five times slower than plain products in bfloat16, and when float32 products are
-    routed to oneDNN (``torch.set_float32_matmul_precision("medium")``); plain products are used there. Both give the same result
-    within rounding.
+    routed to oneDNN (``torch.set_float32_matmul_precision("medium")``); plain products are used there, and in compiled code, which
+    cannot ask for that setting. Both give the same result within rounding.
     """
-    if query.device.type == "cpu" and (query.dtype == torch.bfloat16 or torch.get_float32_matmul_precision() != "highest"):
+    plain = query.dtype == torch.bfloat16 or torch.compiler.is_compiling() or torch.get_float32_matmul_precision() != "highest"
+    if query.device.type == "cpu" and plain:
         return _attend_explicitly(query, key, value, bias)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 

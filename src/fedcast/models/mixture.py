@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedcast.errors import CheckpointError, ModelError
+from fedcast.models.architectures import build_model
 from fedcast.models.base import QUANTILES, Forecast, ModelConfig, Output
 from fedcast.models.files import Document, check_tensors, read_config, read_model, write_model
 from fedcast.models.patch import Encoded, PatchTransformer, roll
@@ -27,7 +28,7 @@ SHARPNESS = 20.0
 
 class _Document(Document):
     format: Literal["fedcast.domain_mixture"]
-    model: dict[str, int | str]
+    model: dict[str, int | str | list[tuple[str, int | float | str]]]
     experts: Annotated[list[str], Field(min_length=1)]
 
 
@@ -70,7 +71,7 @@ class DomainMixture(nn.Module):
         first: PatchTransformer | None = None
         for name, state in states.items():
             with torch.device("meta"):
-                expert = PatchTransformer(config)
+                expert = build_model(config)
             expert.load_state_dict({key: value.clone() for key, value in state.items()}, assign=True)
             if first is not None and all(key in shared for key in state if key.startswith("encoder.")):
                 expert.encoder = first.encoder
@@ -81,7 +82,7 @@ class DomainMixture(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters lie."""
-        return self._expert(0).decoder.queries.device
+        return self._expert(0).device
 
     def _expert(self, index: int) -> PatchTransformer:
         expert = self.experts[index]
@@ -174,7 +175,7 @@ class DomainMixture(nn.Module):
         document, state = read_model(path, _Document)
         config = read_config(path, document.model)
         with torch.device("meta"):
-            expected = PatchTransformer(config).state_dict()
+            expected = build_model(config).state_dict()
         encoder = [key for key in expected if key.startswith("encoder.")]
         if len(set(document.experts)) < len(document.experts):
             raise CheckpointError(f"{path} names an expert twice", hint="save the model again with this version of fedcast")

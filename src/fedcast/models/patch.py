@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple, Self, cast
+from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from fedcast.errors import ModelError
+from fedcast.errors import CheckpointError, ModelError
 from fedcast.models.base import QUANTILES, Forecast, ModelConfig, Output
 from fedcast.models.files import Document, check_tensors, read_config, read_model, write_model
 from fedcast.models.layers import DecoderBlock, EncoderBlock, InstanceNorm, Linear, PatchEmbedding, key_bias, rotary_table
@@ -22,7 +22,7 @@ _GAUSSIAN = (-1.2815516, -0.8416212, -0.5244005, -0.2533471, 0.0, 0.2533471, 0.5
 
 class _Document(Document):
     format: Literal["fedcast.patch_transformer"]
-    model: dict[str, int | str]
+    model: dict[str, int | str | list[tuple[str, int | float | str]]]
 
 
 class Tokens(NamedTuple):
@@ -147,7 +147,16 @@ class PatchTransformer(nn.Module):
     ----------
     packs
         Whether patches without observed points are left out of the encoder's batch; False keeps shapes fixed, for compiled code.
+    architecture
+        The name of the class in a configuration; subclasses in :mod:`fedcast.models.architectures` have their own.
     """
+
+    architecture: ClassVar[str] = "patch"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Register a subclass under its architecture's name."""
+        super().__init_subclass__(**kwargs)
+        ARCHITECTURES[cls.architecture] = cls
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
@@ -322,11 +331,32 @@ class PatchTransformer(nn.Module):
             another shape or not finite.
         """
         document, state = read_model(Path(folder), _Document)
+        config = read_config(Path(folder), document.model)
+        if config.architecture != cls.architecture:
+            raise CheckpointError(
+                f"{folder} holds a model of architecture {config.architecture!r}, not {cls.architecture!r}",
+                hint="read it with fedcast.Forecaster.from_pretrained, which knows all of them",
+            )
         with torch.device("meta"):
-            model = cls(read_config(Path(folder), document.model))
+            model = cls(config)
         check_tensors(Path(folder), model.state_dict(), state)
         model.load_state_dict(state, assign=True)
         return model.requires_grad_(True)
+
+
+ARCHITECTURES: dict[str, type[PatchTransformer]] = {PatchTransformer.architecture: PatchTransformer}
+"""Model classes by the name in a configuration."""
+
+
+def model_class(folder: str | Path) -> type[PatchTransformer]:
+    """Return the class of the model in a folder; :class:`CheckpointError` when none has its architecture's name."""
+    document, _ = read_model(Path(folder), _Document)
+    name = read_config(Path(folder), document.model).architecture
+    if name not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{folder} holds a model of an unknown architecture, {name!r}", hint="use the version of fedcast that wrote it"
+        )
+    return ARCHITECTURES[name]
 
 
 def roll(one_pass: Callable[[Tensor, Tensor, int], Output], config: ModelConfig, context: Tensor, mask: Tensor, horizon: int) -> Forecast:
@@ -347,7 +377,7 @@ def roll(one_pass: Callable[[Tensor, Tensor, int], Output], config: ModelConfig,
 
 
 def _initialise(model: PatchTransformer, seed: int) -> None:
-    if model.decoder.queries.is_meta:
+    if next(model.parameters()).is_meta:
         return
     generator = torch.Generator().manual_seed(seed)
     depth = {"encoder": model.config.encoder_layers, "decoder": model.config.decoder_layers}

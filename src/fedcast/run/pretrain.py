@@ -21,8 +21,7 @@ from fedcast.federated.rounds import Observer, RoundLoop, Silent
 from fedcast.federated.site import SiteRole
 from fedcast.federated.workspace import build_mixture, model_layout
 from fedcast.methods.base import Method, Server, build_method, empty
-from fedcast.models.base import ModelConfig
-from fedcast.models.patch import PatchTransformer
+from fedcast.models.architectures import build_model
 from fedcast.run.folder import RunFolder, write_text
 from fedcast.run.prepare import Prepared, prepare, start_fleet
 from fedcast.spec import RunSpec, load_spec
@@ -241,7 +240,7 @@ class _Pretraining:
         if unseen == "mixture" and server.experts:
             # In the order of the sites' names, not of their last replies, which a resume would not remember.
             experts = dict(sorted(server.experts.items()))
-            build_mixture(ModelConfig.of(self._spec.model), server.layout, server.shared, experts).save_pretrained(folder)
+            build_mixture(self._method.model_config(self._spec.model), server.layout, server.shared, experts).save_pretrained(folder)
         elif unseen == "each":
             # Exported on the last round only: before it there is nothing to save.
             for site, private in server.experts.items():
@@ -254,7 +253,7 @@ class _Pretraining:
         layout = self._server.layout
         if private.numel() == 0:
             private = self._initial[layout.shared_size :]
-        model = PatchTransformer(ModelConfig.of(self._spec.model))
+        model = build_model(self._method.model_config(self._spec.model))
         views = layout.views(torch.cat([self._server.shared, private]))
         with torch.no_grad():
             for name, parameter in model.named_parameters():

@@ -14,6 +14,7 @@ from fedcast.evaluate.metrics import score
 from fedcast.evaluate.windows import EvaluationSet, evaluation_set
 from fedcast.federated.scoring import forecast_windows
 from fedcast.methods.base import Unseen
+from fedcast.models.architectures import build_model
 from fedcast.models.forecaster import load_model
 from fedcast.models.mixture import DomainMixture
 from fedcast.models.patch import PatchTransformer
@@ -64,7 +65,7 @@ def _mean_scores(models: list[PatchTransformer], test: EvaluationSet) -> dict[st
 def _shadow(mixture: DomainMixture, weights: dict[str, float]) -> PatchTransformer:
     """Return the weighted mean of the experts."""
     mass = sum(weights[name] for name in mixture.names)
-    shadow = PatchTransformer(mixture.config)
+    shadow = build_model(mixture.config)
     with torch.no_grad():
         for key, parameter in shadow.named_parameters():
             total = sum(weights[name] / mass * mixture.expert(name).get_parameter(key).double() for name in mixture.names)

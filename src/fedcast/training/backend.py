@@ -221,7 +221,8 @@ def _kernels(training: TrainingSpec, precision: Precision) -> Kernels:
     if training.kernels == "native":
         if precision != "bfloat16":
             raise SpecError(
-                f"the native kernels compute in bfloat16, and the run in {precision}", hint="leave training.kernels or training.precision out"
+                f"the native kernels compute in bfloat16, and the run in {precision}",
+                hint="leave out one of the two keys",
             )
         if training.compile:
             raise SpecError("native kernels and training.compile exclude each other", hint="leave one of the two out")
