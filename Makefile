@@ -4,6 +4,7 @@ PYTHON ?= python3
 RUNS ?= runs
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+BENCHMARKS ?= machine floor step round_time round_overhead packing precision sampling stacked compile allocator aggregation growth startup forecast_throughput
 READY := .venv/.ready
 READY_DEV := .venv/.ready-dev
 
@@ -41,8 +42,9 @@ docs-check: $(READY_DEV) ## Run every command of README and docs, and check thei
 evidence: $(READY) ## Measure whether federating helps, over domains, methods and seeds (hours)
 	$(BIN)/python benchmarks/evidence.py
 
-bench: $(READY) ## Measure the overhead of a round
-	$(BIN)/python benchmarks/round_overhead.py
+bench: $(READY) ## Measure speed beside peers and beside the machine's limits (an hour and a half; see benchmarks/README.md)
+	$(BIN)/fedcast machine --build
+	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean: ## Remove the virtual environment and the caches; runs stay
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -4,6 +4,9 @@ torch allocates and frees every activation; glibc hands large ones, and the free
 clear the pages again. Compared are the defaults, ``keep`` (M_MMAP_THRESHOLD at its maximum of 32 MiB, nothing trimmed) and ``never``
 (M_MMAP_MAX 0, nothing trimmed). Each setting is a process of its own, which sleeps while the others take a block of steps in turn; ratios
 are medians over blocks. With two threads, each trains a model of its own, as two clients side by side do.
+
+Measured on an AMD EPYC at the sizes micro and mini: 0.96 to 1.05 times as fast with two threads, the default, and 1.05 with one thread at
+micro, batch 64, bfloat16. fedcast therefore leaves the allocator of a process alone.
 """
 
 from __future__ import annotations

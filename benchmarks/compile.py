@@ -1,7 +1,8 @@
 """Whether ``training.compile`` pays: seconds a step without and with it, seconds of compiling, and the steps until they are won back.
 
 Blocks of steps of both are taken in turn, in one process, on one thread; the ratio is the median over pairs of blocks. The compiler's
-cache is empty at the start, as in a first run.
+cache is empty at the start, as in a first run. Measured on an AMD EPYC: 2 to 4 % in bfloat16, nothing in float32, so that it takes some
+25,000 steps to win the compiling back; ``training.compile`` is therefore off unless asked for.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from benchmarks.tables import markdown, write_json
 # Rows are the tokens of a batch of 64 windows; the rest are the products of the models "tiny", "mini" and "base".
 SHAPES = ((2048, 256, 1024), (2048, 384, 1536), (2048, 1536, 384), (2048, 768, 3072))
 MEGABYTES = 256  # several times the largest cache
+_SCALING = 1.6  # below it, two threads did not have a core each
 BACK_ENDS = {"float32": ("float32", "highest"), "float32, oneDNN": ("float32", "medium"), "bfloat16": ("bfloat16", "highest")}
 
 
@@ -64,8 +65,15 @@ class Ceilings:
         peaks = ", ".join(f"{self.products(name) / 1e9:.0f} GFLOP/s {name}" for name in ("float32", "bfloat16"))
         return (
             f"Machine: {self.processor}, {self.cores} cores, torch {self.torch}, load average before the run {self.load:.2f}. "
-            f"Its ceilings in the same run: {peaks}, {self.copy / 1e9:.0f} GB/s copied."
+            f"Its ceilings in the same run: {peaks}, {self.copy / 1e9:.0f} GB/s copied.{self._doubt()}"
         )
+
+    def _doubt(self) -> str:
+        rates = self.flops["bfloat16"]
+        scaling = max(rates.values()) / rates["1"]
+        if len(rates) == 1 or scaling > _SCALING:
+            return ""
+        return f" **Two threads reached only {scaling:.1f} times one: another program was running, or the two cores are one. Do not use.**"
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""

@@ -96,9 +96,7 @@ class TrainingSpec(_Section):
         "auto", description="what computes a block in bfloat16 on the CPU; 'auto': native where `fedcast machine --build` compiled it"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where models train and are scored; 'auto': CUDA where there is one")
-    compile: bool = Field(
-        False, description="compile the training step with torch.compile: needs a C++ compiler, and pays in long runs only"
-    )
+    compile: bool = Field(False, description="compile the training step with torch.compile: needs a C++ compiler, and hardly pays on a CPU")
 
 
 class FederationSpec(_Section):

@@ -19,6 +19,16 @@ def test_when_ceilings_are_measured_then_every_rate_is_positive_and_names_the_ma
     assert found.best(found) == found
 
 
+def test_when_two_threads_are_no_faster_than_one_then_the_table_says_not_to_use_it() -> None:
+    rates = {"float32": {"1": 1e11, "2 threads": 2e11}, "bfloat16": {"1": 4e11, "2 threads": 8e11}}
+    bandwidth = {"copy": {"1": 4e10, "2 threads": 4e10}}
+    quiet = machine.Ceilings("chip", 2, "2", 0.0, rates, bandwidth)
+    busy = machine.Ceilings("chip", 2, "2", 2.0, rates | {"bfloat16": {"1": 4e11, "2 threads": 4.1e11}}, bandwidth)
+
+    assert "Do not use" not in quiet.sentence()
+    assert "only 1.0 times" in busy.sentence()
+
+
 @pytest.mark.parametrize("script", [machine, floor])
 def test_when_a_script_runs_quickly_then_it_prints_a_table_and_writes_json(script, tmp_path, monkeypatch, capsys) -> None:
     path = tmp_path / "out.json"

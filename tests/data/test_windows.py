@@ -90,6 +90,10 @@ def test_when_windows_are_drawn_then_they_are_valid_train_windows(
     assert drawn.series.dtype == drawn.end.dtype == np.int64
     if len(valid) <= 8:
         assert set(_pairs(drawn)) == set(valid)
+    for limit in (3, 10**6):
+        spread = _pairs(sampler.evenly(limit))
+        assert len(spread) == len(set(spread)) == min(limit, len(valid))
+        assert set(spread) <= set(valid)
 
 
 @given(case=stores(), context=st.integers(8, 40), horizon=st.integers(1, 20), limit=st.integers(1, 60))

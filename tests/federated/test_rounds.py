@@ -194,7 +194,7 @@ def test_when_local_epochs_are_asked_for_then_steps_follow_the_site_size(tmp_pat
 
 
 def intake() -> Intake:
-    return Intake(FedAvg(), {"a": 10, "b": 30}, {"shared": (2,)})
+    return Intake(FedAvg(), {"a": 10, "b": 30}, {"shared": (2,)}, Path())
 
 
 def answer(value: float, samples: int) -> Reply:
@@ -318,3 +318,18 @@ def test_when_weights_diverge_then_the_site_says_so_and_keeps_its_last_state(tmp
     assert reply.error is not None
     assert "diverged" in reply.error
     assert not list(tmp_path.glob("state-*"))
+
+
+@pytest.mark.parametrize("method", ["fedtrl", "scaffold"])
+def test_when_replies_are_too_many_for_memory_then_the_bytes_are_the_same_and_no_file_stays(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_memory = train_small(small_spec(method), tmp_path / "memory")
+    mapped: list[str] = []
+    from_file = torch.from_file
+    monkeypatch.setattr(torch, "from_file", lambda path, **keys: mapped.append(path) or from_file(path, **keys))
+    monkeypatch.setattr("fedcast.federated.intake.IN_MEMORY", 0)
+    on_disk = train_small(small_spec(method), tmp_path / "disk")
+    assert mapped
+    assert not any(Path(path).exists() for path in mapped)
+    assert on_disk.results().weights_sha256.iloc[0] == in_memory.results().weights_sha256.iloc[0]

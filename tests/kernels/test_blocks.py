@@ -92,6 +92,34 @@ def test_when_blocks_run_natively_then_they_are_as_close_to_float32_as_torch_in_
     assert _error(everything[2], everything[0]) < 1.25 * _error(everything[1], everything[0]) + 3e-3
 
 
+def test_when_one_row_of_queries_serves_all_windows_then_their_gradient_is_the_sum_over_windows() -> None:
+    case = _case(windows=3, length=8, asked=1, width=64, heads=2, rotary=False, seed=5)
+    found = []
+    for dtype, native in ((torch.float32, False), (torch.bfloat16, True)):
+        decoder = copy.deepcopy(case.decoder).to(dtype)
+        decoder.native = native
+        queries = case.queries[0].to(dtype).clone().requires_grad_()
+        answers = decoder(queries.expand(3, -1, -1), case.tokens.to(dtype), key_bias(case.seen, dtype), None)  # rows at stride 0
+        answers.float().cos().sum().backward()
+        found.append((answers.detach(), queries.grad))
+    (answers, gradient), (native_answers, native_gradient) = found
+    assert gradient is not None
+    assert native_gradient is not None
+    assert _error(native_answers, answers) < 0.03
+    assert _error(native_gradient, gradient) < 0.05
+
+
+def test_when_one_mask_serves_all_windows_then_it_is_that_of_each() -> None:
+    case = _case(windows=3, length=20, asked=1, width=64, heads=2, rotary=False, seed=6)
+    block, tokens = case.encoder.bfloat16(), case.tokens.bfloat16()
+    causal = torch.ones(20, 20).triu(1)[None, None] * -1e9  # [1, 1, N, N], float32
+    block.native = True
+    one, each = block(tokens, causal, None), block(tokens, causal.expand(3, -1, -1, -1).bfloat16(), None)
+    assert torch.equal(one, each)
+    block.native = False
+    assert _error(one.detach(), block(tokens, causal.bfloat16(), None).detach().float()) < 0.02
+
+
 def _model(size: str, context: int, native: bool) -> PatchTransformer:
     model = PatchTransformer(ModelConfig(**SIZES[size]._asdict(), context=context, horizon=32, patch=16, size=size), seed=3)
     model.to(torch.bfloat16)
@@ -138,10 +166,12 @@ def test_when_the_model_trains_natively_then_its_loss_falls_as_in_torch() -> Non
 
 def test_when_a_shape_does_not_fit_then_the_torch_path_computes_it() -> None:
     tokens = torch.zeros(2, 8, 64, dtype=torch.bfloat16)
-    assert fits(tokens, 8, 2)
-    assert not fits(tokens.float(), 8, 2)  # float32
-    assert not fits(tokens, 8, 4)  # heads of 16
-    assert not fits(tokens, 300, 2)  # too many keys
+    weight = torch.zeros(192, 64, dtype=torch.bfloat16)
+    assert fits(tokens, weight, 8, 2)
+    assert not fits(tokens.float(), weight, 8, 2)  # float32 tokens
+    assert not fits(tokens, weight.float(), 8, 2)  # float32 weights
+    assert not fits(tokens, weight, 8, 4)  # heads of 16
+    assert not fits(tokens, weight, 300, 2)  # too many keys
 
 
 def test_when_a_second_derivative_is_asked_for_then_it_is_refused_aloud() -> None:

@@ -72,8 +72,9 @@ def test_when_some_sites_drop_out_then_the_mean_is_over_the_rest() -> None:
     mean = StreamingMean({"shared": 3, "private": 2}, total=100)
     mean.add({"shared": torch.ones(3), "private": torch.zeros(2), "prototype": torch.ones(5)}, 10)
     mean.add({"shared": torch.full((3,), 4.0), "private": torch.ones(2)}, 20)
-    assert mean.means()["shared"].tolist() == pytest.approx([3.0] * 3)
-    assert mean.means()["private"].tolist() == pytest.approx([2 / 3] * 2)
+    means = mean.means()
+    assert means["shared"].tolist() == pytest.approx([3.0] * 3)
+    assert means["private"].tolist() == pytest.approx([2 / 3] * 2)
 
 
 @pytest.mark.parametrize("value", [LARGEST_VALUE, -LARGEST_VALUE, float("inf"), float("nan")])
@@ -257,3 +258,11 @@ def test_when_sketching_then_it_is_linear_and_fixed_by_the_seed() -> None:
     assert not torch.equal(Sketch(1000, dims=64, seed=4)(a), sketch(a))
     with pytest.raises(ScreenError, match="expected is float32"):
         sketch(torch.ones(999))
+
+
+def test_when_the_mean_is_taken_then_it_lies_in_no_more_memory_than_it_needs() -> None:
+    mean = StreamingMean({"shared": 1_000_001}, total=1)
+    mean.add({"shared": torch.full((1_000_001,), 0.1)}, 1)
+    vector = mean.means()["shared"]
+    assert vector.untyped_storage().nbytes() == 4 * 1_000_001
+    assert vector.eq(0.1).all()

@@ -175,6 +175,11 @@ class WindowSampler:
             position = rng.integers(chosen[:, 0], chosen[:, 1])
         return self._train.at(position)
 
+    def evenly(self, limit: int) -> Windows:
+        """Return train windows spread evenly over all of them, without randomness: all, where there are no more than ``limit``."""
+        count = min(limit, self.n_windows)
+        return self._train.at(np.arange(count, dtype=np.int64) * self.n_windows // max(count, 1))
+
     def evaluation(self, part: Literal["validation", "test"], limit: int) -> Windows:
         """Choose windows of a part, without randomness.
 

@@ -54,9 +54,14 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
+    @property
+    def folder(self) -> Path:
+        """Where they lie."""
+        return self._folder
+
     def save(self, server: Server, progress: Progress, *, before_rename: Callable[[], None] = lambda: None) -> None:
         """Write the checkpoint of the server's round."""
-        groups = {"method": server.tensors, "expert": server.experts}
+        groups = {"method": server.tensors, "own": server.own, "expert": server.experts}
         named = {f"{group}.{name}": tensor.contiguous().clone() for group, tensors in groups.items() for name, tensor in tensors.items()}
         payload = save({"shared": server.shared, "private": server.private, **named})
         manifest = {
@@ -113,6 +118,7 @@ class Checkpoints:
         tensors = load(payload)
         server.shared, server.private = tensors.pop("shared"), tensors.pop("private")
         server.tensors = {name.removeprefix("method."): t for name, t in tensors.items() if name.startswith("method.")}
+        server.own = {name.removeprefix("own."): t for name, t in tensors.items() if name.startswith("own.")}
         server.experts = {name.removeprefix("expert."): t for name, t in tensors.items() if name.startswith("expert.")}
         server.round = manifest["round"]
         kept = manifest["progress"]
@@ -146,6 +152,7 @@ def _sync(folder: Path) -> None:
 def digest(server: Server) -> str:
     """Return the SHA-256 of the server's weights: two runs ended alike when their digests agree."""
     hasher = hashlib.sha256()
-    for tensor in (server.shared, server.private, *(server.experts[name] for name in sorted(server.experts))):
+    of_sites = (group[name] for group in (server.own, server.experts) for name in sorted(group))
+    for tensor in (server.shared, server.private, *of_sites):
         hasher.update(tensor.to(torch.float32).numpy().tobytes())
     return hasher.hexdigest()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedcast.errors import ScreenError
@@ -12,12 +15,16 @@ from fedcast.federated.messages import Reply, screen
 from fedcast.methods.base import MODEL_PARTS, Method, Server, Update
 from fedcast.training.aggregate import StreamingMean
 
+IN_MEMORY = 2**30
+"""Bytes of weights of one round's replies that are kept in memory."""
+
 
 class Intake:
     """The replies of one round.
 
     Where the method streams (:attr:`Method.streams`), memory does not grow with the number of sites, but for the private weights
-    that serve unseen domains. Else every reply is kept until :meth:`aggregate`.
+    that serve unseen domains. Else every reply is kept until :meth:`aggregate`: in memory, or, where all of them would take more than
+    :data:`IN_MEMORY`, in files that the system maps into memory page by page.
 
     Parameters
     ----------
@@ -27,6 +34,8 @@ class Intake:
         Declared training points of the sites that were asked.
     shapes
         Tensors that a reply must hold, with their shapes.
+    folder
+        Where a folder for such files may be made.
 
     Attributes
     ----------
@@ -36,11 +45,15 @@ class Intake:
         Bytes of all tensors that arrived.
     """
 
-    def __init__(self, method: Method, samples: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, method: Method, samples: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
         self._method, self._shapes = method, shapes
         self._awaited = dict(samples)
         sizes = {name: shapes[name][0] for name in MODEL_PARTS if name in shapes}
         self._mean = StreamingMean(sizes, sum(samples.values())) if method.streams else None
+        self._folder: TemporaryDirectory[str] | None = None
+        if self._mean is None and 4 * sum(sizes.values()) * len(samples) > IN_MEMORY:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._folder = TemporaryDirectory(prefix="replies-", dir=folder)
         self._keeps_private = "private" in shapes and method.unseen() != "shadow"
         self._updates: dict[str, Update] = {}
         self._experts: dict[str, Tensor] = {}
@@ -66,6 +79,8 @@ class Intake:
             self._experts[site] = tensors["private"]
         if self._mean is not None:
             tensors = {name: tensor for name, tensor in tensors.items() if name not in MODEL_PARTS}
+        elif self._folder is not None:
+            tensors = {name: self._on_disk(tensor, f"{len(self.meta)}-{name}") for name, tensor in tensors.items()}
         self._updates[site] = Update(site, tensors, reply.meta["samples"])
         self.meta[site] = reply.meta
 
@@ -84,3 +99,12 @@ class Intake:
             server.settle(self._mean.means(), {update.site: float(update.samples) for update in updates})
         server.experts |= self._experts
         self._mean, self._updates, self._experts = None, {}, {}
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def _on_disk(self, tensor: Tensor, name: str) -> Tensor:
+        """Return a copy that lies in a file."""
+        if self._folder is None or tensor.numel() == 0:
+            return tensor
+        path = Path(self._folder.name) / name
+        return torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype).copy_(tensor.flatten()).view(tensor.shape)

@@ -138,8 +138,7 @@ def screen(reply: Reply, shapes: Mapping[str, tuple[int, ...]], *, largest_sampl
         tensor = reply.tensors[name]
         if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
             raise ScreenError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, declared is float32 {shape}", hint=hint)
-        # One pass that makes no copy; NaN and infinity both show in the extremes.
-        if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
+        if not all_finite(tensor):
             raise ScreenError(f"{name} is not finite", hint=hint)
     samples = reply.meta.get("samples")
     if isinstance(samples, bool) or not isinstance(samples, int) or not 1 <= samples <= largest_samples:
@@ -174,8 +173,14 @@ def screen_task(task: Task, shapes: Mapping[str, tuple[int | None, ...]]) -> Non
         raise ScreenError("the task's tensors are not as declared", hint=hint)
     for name, tensor in task.tensors.items():
         fits = tensor.dim() == len(shapes[name]) and all(want in (None, got) for want, got in zip(shapes[name], tensor.shape, strict=True))
-        if not fits or tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
+        if not fits or tensor.dtype != torch.float32 or not all_finite(tensor):
             raise ScreenError(f"the task's {name} is not as declared", hint=hint)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether every value is a finite number."""
+    # One pass that makes no copy; NaN and infinity both show in the extremes.
+    return not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def _is_number(value: object) -> bool:

@@ -140,7 +140,7 @@ class RoundLoop:
 
     def _exports(self, number: int) -> bool:
         """Whether sites send the private part: for the shadow when the model is scored, for each site's own model at the end."""
-        wanted = number == self.server.rounds if self.method.unseen() == "each" else self._validates(number)
+        wanted = number == self.server.rounds if self.method.exports() == "last" else self._validates(number)
         # Where only some take part, a site hands its part in whenever it trained, or it would be missing or stale at the end.
         return (wanted or self.spec.federation.participation < 1) and self.server.layout.private_size > 0
 
@@ -157,7 +157,7 @@ class RoundLoop:
         shapes = {"shared": (layout.shared_size,), **self.method.reply_shapes(self.method.model_config(self.spec.model))}
         if self._exports(number):
             shapes["private"] = (layout.private_size,)
-        intake = Intake(self.method, {site: self.samples[site] for site in tasks}, shapes)
+        intake = Intake(self.method, {site: self.samples[site] for site in tasks}, shapes, self.checkpoints.folder)
         for site, reply in self.fleet.run(tasks, self.spec.federation.deadline_s):
             intake.take(site, reply)
             # Or it would be kept while the next one is awaited.
@@ -209,7 +209,7 @@ class RoundLoop:
             self.keep_best(self.server)
         return {"kind": "validation", "round": number, "sites": {s: {"loss": v} for s, v in losses.items()}, "mean": mean}
 
-    def evaluate(self, sites: Sequence[str], meta: Mapping[str, Any], private: torch.Tensor | None = None) -> dict[str, Reply]:
+    def evaluate(self, sites: Sequence[str], meta: Mapping[str, Any], expert: str | None = None) -> dict[str, Reply]:
         """Let sites score the server's model: on their own domain with their own private weights, else with the model for unseen domains.
 
         Parameters
@@ -218,15 +218,15 @@ class RoundLoop:
             Who scores.
         meta
             The task's JSON values.
-        private
-            Private weights to use instead.
+        expert
+            A site whose model is to be scored instead.
 
         Raises
         ------
         SiteError
             When a site cannot score.
         """
-        tasks = {name: Task("evaluate", self.server.round, self._model_for(name, private), meta) for name in sites}
+        tasks = {name: Task("evaluate", self.server.round, self._model_for(name, expert), meta) for name in sites}
         replies = dict(self.fleet.run(tasks, None))
         for site in sites:
             error = replies[site].error
@@ -234,14 +234,18 @@ class RoundLoop:
                 raise SiteError(f"site {site} cannot evaluate: {error}", hint="mend the site's data and run the same command again")
         return {site: replies[site] for site in sites}
 
-    def _model_for(self, site: str, private: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        tensors = {"shared": self.server.shared}
-        if private is not None:
-            tensors["private"] = private
-        elif not self.roles[site].trains and self.server.experts:
-            tensors["experts"] = torch.stack([self.server.experts[name] for name in sorted(self.server.experts)])
-        elif self.server.private.numel():
-            tensors["fallback" if self.roles[site].trains else "private"] = self.server.private
+    def _model_for(self, site: str, expert: str | None) -> dict[str, torch.Tensor]:
+        server = self.server
+        if expert is not None:
+            return {"shared": server.shared_of(expert), "private": server.experts[expert]}
+        tensors = {"shared": server.shared_of(site)}
+        if not self.roles[site].trains and server.experts:
+            names = sorted(server.experts)
+            tensors["experts"] = torch.stack([server.experts[name] for name in names])
+            if server.own:
+                tensors["expert_shared"] = torch.stack([server.shared_of(name) for name in names])
+        elif server.private.numel():
+            tensors["fallback" if self.roles[site].trains else "private"] = server.private
         return tensors
 
 

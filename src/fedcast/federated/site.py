@@ -21,7 +21,7 @@ from fedcast.data.splits import split_by_time
 from fedcast.data.store import SeriesStore
 from fedcast.data.windows import Batch, WindowSampler
 from fedcast.errors import FedcastError, ModelError
-from fedcast.federated.messages import Reply, Task, screen_task
+from fedcast.federated.messages import Reply, Task, all_finite, screen_task
 from fedcast.federated.scoring import SiteScores
 from fedcast.federated.state import SiteStates
 from fedcast.federated.workspace import Workspace, Workspaces, build_extra
@@ -137,7 +137,8 @@ class Site:
         layout = workspace.parameters.layout
         private = workspace.model_size - layout.shared_size
         fixed: dict[str, tuple[int | None, ...]] = {"shared": (layout.shared_size,), "private": (private,), "fallback": (private,)}
-        return {**fixed, "experts": (None, private), **self._method.message_shapes(workspace.twin.config)}
+        experts: dict[str, tuple[int | None, ...]] = {"experts": (None, private), "expert_shared": (None, layout.shared_size)}
+        return {**fixed, **experts, **self._method.message_shapes(workspace.twin.config)}
 
     def _steps(self) -> int:
         federation, training = self._spec.federation, self._spec.training
@@ -154,6 +155,8 @@ class Site:
         moments = {name.removeprefix(_MOMENTS): value for name, value in state.items() if name.startswith(_MOMENTS)}
         if keeps and moments:
             workspace.optimiser.load(moments)
+            if self._method.reorders:
+                workspace.optimiser.forget_shared()
         else:
             workspace.optimiser.reset()
         client = self._client(task, workspace, state)
@@ -171,7 +174,7 @@ class Site:
             rate=lambda step: learning_rate(self._spec.training, done + step, total),
             correction=lambda: self._method.correction(client),
         )
-        if not (isfinite(record.loss) and bool(torch.isfinite(workspace.parameters.vector).all())):
+        if not (isfinite(record.loss) and all_finite(workspace.parameters.vector)):
             # Kept, such weights would spoil every later round of the site.
             raise ModelError("training diverged: a weight or the loss is not finite", hint="lower training.learning_rate or clip_norm")
         reply = self._method.reply(client)
@@ -234,5 +237,5 @@ class Site:
         if task.meta.get("personal", False):
             workspace.twin.save_pretrained(self._folder / "model")
         experts = task.tensors.get("experts")
-        model = workspace.twin if experts is None else workspace.mixture(task.tensors["shared"], experts)
+        model = workspace.twin if experts is None else workspace.mixture(task.tensors.get("expert_shared", task.tensors["shared"]), experts)
         return Reply(meta=self._scores.test(model, baselines=bool(task.meta.get("baselines", False))))

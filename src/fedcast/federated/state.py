@@ -21,17 +21,15 @@ class SiteStates:
 
     Three are enough: a coordinator that died in a round repeats that round, or the one before where its last checkpoint is damaged,
     and the site then starts again from the state before it. Written aside and renamed, but not synced: a state outlives a killed
-    process, and may not outlive a power cut. States of later rounds belong to a history that was given up.
+    process, and may not outlive a power cut. States of later rounds belong to a history that was given up. Nothing stays in memory,
+    so that a process can simulate any number of sites.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._latest: tuple[int, dict[str, Tensor]] | None = None
 
     def before(self, round_: int) -> dict[str, Tensor]:
         """Return the newest state from before a round; empty when there is none."""
-        if self._latest is not None and self._latest[0] < round_:
-            return {name: tensor.clone() for name, tensor in self._latest[1].items()}
         rounds = [number for number in self._rounds() if number < round_]
         if not rounds:
             return {}
@@ -47,12 +45,9 @@ class SiteStates:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._path(round_)
-        # Copies: what a method goes on changing in memory must not differ from what a resumed run reads.
-        kept = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
         aside = path.with_name(f"{path.stem}.{os.getpid()}.aside")
-        save_file(kept, aside)
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, aside)
         os.replace(aside, path)
-        self._latest = (round_, kept)
         keep = {round_, *sorted(number for number in self._rounds() if number < round_)[-2:]}
         for number in self._rounds():
             if number not in keep:

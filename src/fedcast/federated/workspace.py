@@ -60,18 +60,21 @@ class Workspace:
             yield
 
     def compile(self, windows: int, context: int, horizon: int) -> float:
-        """Compile forward and backward of the blocks for batches of this shape, the first time; return the seconds that took.
+        """Compile forward and backward of the model for batches of this shape, the first time; return the seconds that took.
 
-        A block of each kind is compiled once and serves all blocks of its kind; the whole encoder took three times as long to compile,
-        and in bfloat16 torch 2.13 makes C++ of it that no compiler takes. One thread at a time: the next one finds the code made.
+        One thread at a time: the next one finds the code made. It hardly pays on a CPU (``benchmarks/compile.py``): steps of the sizes
+        micro and mini were 2 to 4 % faster in bfloat16 and no faster in float32, for half a minute of compiling.
         """
         if self._compiled:
             return 0.0
         with _BUILD:
             start = time.perf_counter()
             self.model.packs = False
-            for block in (*self.model.encoder.blocks, *self.model.decoder.blocks):
-                block.compile(dynamic=False)
+            embedding = self.model.encoder.embedding
+            # Two of its biases have the same gradient, of which torch 2.13 makes C++ in bfloat16 that no compiler takes.
+            embedding.forward = torch.compiler.disable(embedding.forward)  # type: ignore[method-assign, no-untyped-call]
+            for part in (self.model.encoder, self.model.decoder, self.model.heads):
+                part.compile(dynamic=False)
             values = torch.zeros(windows, context, device=self.device)
             output = self.model.normalised(values, torch.ones_like(values, dtype=torch.bool), horizon)
             (output.point.sum() + output.quantiles.sum()).backward()  # type: ignore[no-untyped-call]
@@ -81,18 +84,19 @@ class Workspace:
 
     def load(self, shared: Tensor, private: Tensor | None) -> None:
         """Take over shared weights and, where given, private ones (of the model, or of model and extra modules)."""
-        self.parameters.vector.copy_(self.initial)
         self.parameters.shared.copy_(shared)
+        self.parameters.private.copy_(self.initial[self.parameters.layout.shared_size :])
         if private is not None:
             self.parameters.private[: private.numel()].copy_(private)
         self.parameters.publish()
 
     def mixture(self, shared: Tensor, experts: Tensor) -> DomainMixture:
-        """Return the mixture of sites' models: shared weights ``[shared_size]`` with each row of ``experts [K, private_size]``."""
+        """Return the mixture of models with weights ``shared [shared_size]`` or ``[K, shared_size]`` and ``experts [K, private_size]``."""
         layout = self.parameters.layout
         count = sum(not name.startswith("extra.") for name in layout.names)
         of_model = Layout(layout.names[:count], layout.shapes[:count], layout.shared)
-        return build_mixture(self.twin.config, of_model, shared, {str(i): row for i, row in enumerate(experts)}).to(self.device)
+        vectors = torch.cat([shared.expand(len(experts), -1), experts], dim=1)
+        return build_mixture(self.twin.config, of_model, {str(i): vector for i, vector in enumerate(vectors)}).to(self.device)
 
     @property
     def private_of_model(self) -> Tensor:
@@ -109,9 +113,9 @@ def model_layout(spec: RunSpec, method: Method) -> tuple[Layout, Tensor]:
     return layout, layout.flatten(named)
 
 
-def build_mixture(config: ModelConfig, layout: Layout, shared: Tensor, experts: Mapping[str, Tensor]) -> DomainMixture:
-    """Build the mixture of the models with these shared weights and each expert's private ones, by name."""
-    states = {name: layout.views(torch.cat([shared, private])) for name, private in experts.items()}
+def build_mixture(config: ModelConfig, layout: Layout, experts: Mapping[str, Tensor]) -> DomainMixture:
+    """Build the mixture of models with these weights, shared ones first, by name."""
+    states = {name: layout.views(vector) for name, vector in experts.items()}
     return DomainMixture.of(config, states, layout.names[: layout.shared])
 
 

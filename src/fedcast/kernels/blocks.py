@@ -36,10 +36,10 @@ class _Heads(ctypes.Structure):
     )
 
 
-def fits(x: Tensor, keys: int, heads: int) -> bool:
-    """Whether the kernels can compute a block on tokens ``x`` [B, N, d] with that many keys and heads."""
-    width = x.shape[-1]
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and (width // heads) % 32 == 0 and max(x.shape[1], keys) <= _LONGEST
+def fits(x: Tensor, weight: Tensor, keys: int, heads: int) -> bool:
+    """Whether the kernels can compute a block with that weight on tokens ``x`` [B, N, d], with that many keys and heads."""
+    typed = x.dtype == weight.dtype == torch.bfloat16 and x.device.type == "cpu"
+    return typed and (x.shape[-1] // heads) % 32 == 0 and max(x.shape[1], keys) <= _LONGEST
 
 
 class _Rest(NamedTuple):
@@ -66,7 +66,7 @@ class EncoderBlockFunction(torch.autograd.Function):
         batch, length, width = x.shape
         flat = x.reshape(-1, width).contiguous()  # [B N, d]
         normal, stats, residual = _layer_norm(flat, norm, norm_bias, rest.out_bias)
-        packed = normal @ qkv.t()  # [B N, 3 d]
+        packed, mask = normal @ qkv.t(), _laid_out(mask, batch)  # [B N, 3 d]
         shape = (batch, length, length)
         mixed = _attend(_self_attention(packed, qkv_bias, mask, table, heads, shape), batch * length, width)
         result, saved = _finish(residual, mixed, rest)
@@ -108,7 +108,7 @@ class DecoderBlockFunction(torch.autograd.Function):
         flat, memory = x.reshape(-1, width).contiguous(), features.reshape(-1, width).contiguous()  # [B M, d], [R N, d]
         normal, stats, residual = _layer_norm(flat, norm, norm_bias, rest.out_bias)
         queries, pairs = normal @ query.t(), memory @ kv.t()  # [B M, d], [R N, 2 d]
-        shape = (batch, length, features.shape[1])
+        shape, mask = (batch, length, features.shape[1]), _laid_out(mask, batch)
         attention = _cross_attention(queries, pairs, (query_bias, kv_bias), mask, tables, rows, heads, shape)
         mixed = _attend(attention, batch * length, width)
         result, saved = _finish(residual, mixed, rest)
@@ -135,6 +135,11 @@ class DecoderBlockFunction(torch.autograd.Function):
         d_x, d_norm, d_norm_bias, _ = _layer_norm_backward(d_queries @ query, flat, stats, norm, d_out, sums=False)
         first = (d_norm, d_norm_bias, d_queries.t() @ normal, d_query_bias, d_pairs.t() @ memory, d_kv_bias)
         return (d_x.view(gradient.shape), d_features, None, None, None, None, *first, *d_rest)
+
+
+def _laid_out(mask: Tensor, batch: int) -> Tensor:
+    """Return an additive mask [B or 1, 1, N or 1, keys] as the kernels read it: bfloat16, one a window, contiguous."""
+    return mask.to(torch.bfloat16).expand(batch, -1, -1, -1).contiguous()
 
 
 def _at(tensor: Tensor, offset: int = 0) -> int:

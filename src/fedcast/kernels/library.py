@@ -52,8 +52,12 @@ def compiler() -> str | None:
 
 def library_path() -> Path:
     """Return where the compiled kernels of this source lie, or would lie."""
-    digest = hashlib.sha256(SOURCE.read_bytes() + " ".join(_FLAGS).encode()).hexdigest()
-    return cache_folder() / "kernels" / f"kernels-{digest[:16]}.so"
+    return cache_folder() / "kernels" / f"kernels-{_digest()}.so"
+
+
+@lru_cache(maxsize=1)
+def _digest() -> str:
+    return hashlib.sha256(SOURCE.read_bytes() + " ".join(_FLAGS).encode()).hexdigest()[:16]
 
 
 def built() -> bool:

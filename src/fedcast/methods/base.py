@@ -133,6 +133,8 @@ class Server:
         until a round exports one.
     tensors
         The method's own tensors.
+    own
+        Shared weights of a site's own, float32 ``[shared_size]``, where the method makes some for each; the other sites have ``shared``.
     experts
         Private weights of each site as it last exported them, float32 ``[private_size]``, where :meth:`Method.unseen` wants them.
     round, rounds
@@ -141,6 +143,8 @@ class Server:
         How many sites train, whether they are selected this round or not.
     log
         JSON values for the round's row.
+    config
+        Shape of the model, for a method that trains at the server; a run sets it.
     """
 
     layout: Layout
@@ -150,8 +154,14 @@ class Server:
     round: int
     rounds: int
     sites: int = 1
+    own: dict[str, Tensor] = field(default_factory=dict)
     experts: dict[str, Tensor] = field(default_factory=dict)
     log: dict[str, Any] = field(default_factory=dict)
+    config: ModelConfig | None = None
+
+    def shared_of(self, site: str) -> Tensor:
+        """Return the shared weights that a site has after the round, ``[shared_size]``."""
+        return self.own.get(site, self.shared)
 
     def settle(self, means: Mapping[str, Tensor], weights: Mapping[str, float]) -> None:
         """Take over the round's means, ``"shared"`` and on exporting rounds ``"private"``, and log each site's share of the weight."""
@@ -177,6 +187,8 @@ class Method:
         How a client draws windows: over all windows, or first over its data sets or domains.
     architecture
         The model it trains; see :mod:`fedcast.models.architectures`.
+    reorders
+        Whether shared weights come back in another order than they were sent in; a site then forgets their moments.
     """
 
     name: ClassVar[str] = ""
@@ -184,6 +196,7 @@ class Method:
     pooled: ClassVar[bool] = False
     balance: ClassVar[Literal["none", "dataset", "domain"]] = "dataset"
     architecture: ClassVar[str] = "patch"
+    reorders: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Register the subclass; a duplicate or empty name is refused."""
@@ -208,6 +221,13 @@ class Method:
         scores averaged.
         """
         return "shadow"
+
+    def exports(self) -> Literal["scored", "last"]:
+        """Return after which rounds sites hand in their private weights for domains that no site has seen: all scored ones, or the last.
+
+        Before the last one such a method has no model for unseen domains, so its run keeps no best one.
+        """
+        return "last" if self.unseen() == "each" else "scored"
 
     def shares(self, name: str) -> bool:
         """Return whether the parameter of that name travels; the others never leave their site."""
@@ -240,7 +260,7 @@ class Method:
 
     def message(self, server: Server, site: str) -> dict[str, Tensor]:
         """Return the tensors sent to a site at the start of a round."""
-        return {"shared": server.shared}
+        return {"shared": server.shared_of(site)}
 
     def aggregate(self, server: Server, updates: Sequence[Update]) -> None:
         """Combine the updates (in the order of the sites' names) into the server's state.

@@ -52,7 +52,9 @@ class InstanceNorm:
         unit = values / peak
         mean = unit.sum(dim=-1, keepdim=True) / divisor
         centred = (unit - mean) * observed
-        deviation = (centred.square().sum(dim=-1, keepdim=True) / divisor).sqrt()
+        variance = centred.square().sum(dim=-1, keepdim=True) / divisor
+        # whoever learns the values themselves (core-sets) asks for the gradient of the root, which is infinite at 0
+        deviation = torch.where(variance > 0, variance, 1.0).sqrt() * (variance > 0)
         level = mean.abs()
         noise = 8 * torch.finfo(values.dtype).eps
         constant = 0.01 * torch.where(level > 0, level, 1.0)
@@ -102,15 +104,15 @@ def exclude(excluded: Tensor, dtype: torch.dtype) -> Tensor:
     return excluded.to(dtype) * _MASKED
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, *, explicit: bool = False) -> Tensor:
     """Scaled dot-product attention of [B, h, N, e] tensors with an additive bias [B, 1, 1 or N, N_keys].
 
     On the CPU, torch's fused kernel is up to five times slower than plain products in bfloat16, and when float32 products are
     routed to oneDNN (``torch.set_float32_matmul_precision("medium")``); plain products are used there, and in compiled code, which
-    cannot ask for that setting. Both give the same result within rounding.
+    cannot ask for that setting. Both give the same result within rounding. ``explicit`` asks for plain products anywhere.
     """
     plain = query.dtype == torch.bfloat16 or torch.compiler.is_compiling() or torch.get_float32_matmul_precision() != "highest"
-    if query.device.type == "cpu" and plain:
+    if explicit or (query.device.type == "cpu" and plain):
         return _attend_explicitly(query, key, value, bias)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
@@ -167,9 +169,12 @@ class EncoderBlock(nn.Module):
     ----------
     native
         Whether to compute with the native kernels (:mod:`fedcast.kernels`) where they fit: bfloat16 on the CPU.
+    explicit
+        Whether attention is plain products, which can be differentiated twice; torch's fused kernel cannot.
     """
 
     native: bool = False
+    explicit: bool = False
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -193,14 +198,14 @@ class EncoderBlock(nn.Module):
             Rotary table of the N positions, see :func:`rotate`, or ``None`` with learned positions.
         """
         batch, length, width = x.shape
-        if self.native and fits(x, length, self.heads):
+        if self.native and fits(x, self.qkv.weight, length, self.heads):
             own = (*_pair(self.attention_norm), *_pair(self.qkv))
             return EncoderBlockFunction.apply(x, bias, table, self.heads, *own, *_rest(self))  # type: ignore[no-any-return, no-untyped-call]
         packed = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, width // self.heads)
         packed = packed.permute(2, 0, 3, 1, 4).contiguous()  # [3, B, h, N, e]
         pair, (value,) = packed.split((2, 1))
         query, key = (pair if table is None else rotate(pair, table)).unbind()
-        mixed = attend(query, key, value, bias)
+        mixed = attend(query, key, value, bias, explicit=self.explicit)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
         return cast(Tensor, x + self.feed_forward(self.forward_norm(x)))
 
@@ -249,7 +254,7 @@ class DecoderBlock(nn.Module):
             int64 [B]: the row of each window's features; ``None`` when each has its own.
         """
         batch, length, width = x.shape
-        if self.native and fits(x, features.shape[1], self.heads):
+        if self.native and fits(x, self.query.weight, features.shape[1], self.heads):
             own = (*_pair(self.attention_norm), *_pair(self.query), *_pair(self.kv))
             return DecoderBlockFunction.apply(x, features, bias, tables, rows, self.heads, *own, *_rest(self))  # type: ignore[no-any-return, no-untyped-call]
         query = self.query(self.attention_norm(x)).view(batch, length, self.heads, -1).transpose(1, 2)  # [B, h, M, e]

@@ -28,7 +28,7 @@ SHARPNESS = 20.0
 
 class _Document(Document):
     format: Literal["fedcast.domain_mixture"]
-    model: dict[str, int | str | list[tuple[str, int | float | str]]]
+    model: dict[str, int | str | list[list[int | float | str]]]
     experts: Annotated[list[str], Field(min_length=1)]
 
 
@@ -115,11 +115,19 @@ class DomainMixture(nn.Module):
         The error is twice the mean pinball loss over nine levels, in standard deviations of the window. A window too short or too
         empty to be judged on gives all experts the same weight.
 
+        Where the architecture has an error of its own (:meth:`PatchTransformer.window_errors`), the expert with the smallest one has
+        all the weight; experts with the same one share it.
+
         Parameters
         ----------
         context, mask
             As in :meth:`PatchTransformer.normalised`.
         """
+        own = [error for i in range(len(self.experts)) if (error := self._expert(i).window_errors(context, mask)) is not None]
+        if own:
+            least = torch.stack(own, dim=1)  # [B, K]
+            chosen = (least == least.amin(dim=1, keepdim=True)).float()
+            return chosen / chosen.sum(dim=1, keepdim=True)
         tail = min(self.config.patch, self.config.horizon)
         if context.shape[1] <= tail:
             return torch.full((context.shape[0], len(self.experts)), 1 / len(self.experts), device=context.device)

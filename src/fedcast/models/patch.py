@@ -17,12 +17,12 @@ from fedcast.models.packing import Packing, arrange
 from fedcast.spec import ModelSpec
 
 FORMAT = "fedcast.patch_transformer"
-_GAUSSIAN = (-1.2815516, -0.8416212, -0.5244005, -0.2533471, 0.0, 0.2533471, 0.5244005, 0.8416212, 1.2815516)
+GAUSSIAN = (-1.2815516, -0.8416212, -0.5244005, -0.2533471, 0.0, 0.2533471, 0.5244005, 0.8416212, 1.2815516)
 
 
 class _Document(Document):
     format: Literal["fedcast.patch_transformer"]
-    model: dict[str, int | str | list[tuple[str, int | float | str]]]
+    model: dict[str, int | str | list[list[int | float | str]]]
 
 
 class Tokens(NamedTuple):
@@ -246,6 +246,14 @@ class PatchTransformer(nn.Module):
         unused = seen.logical_not() & seen.any(dim=1, keepdim=True)
         return encoded.features.float().masked_fill(unused.unsqueeze(-1), 0.0)
 
+    def window_errors(self, context: Tensor, mask: Tensor) -> Tensor | None:
+        """Return how badly the model knows each window [B], judged by the window alone, or ``None`` where its architecture cannot say.
+
+        Of several models the one with the smallest error then forecasts a window (:class:`fedcast.models.mixture.DomainMixture`);
+        parameters as in :meth:`normalised`.
+        """
+        return None
+
     def forward(self, context: Tensor, mask: Tensor, horizon: int) -> Forecast:
         """Forecast in data units, for any horizon.
 
@@ -397,4 +405,4 @@ def _initialise(model: PatchTransformer, seed: int) -> None:
                 spread = parameter.shape[1] ** -0.5 * ((2 * depth[part]) ** -0.5 if residual else 1.0)
                 parameter.normal_(0.0, spread, generator=generator)
         # an untrained model says "Gaussian around the context's mean"
-        model.heads.quantiles.bias.copy_(torch.tensor(_GAUSSIAN).repeat(model.config.patch))
+        model.heads.quantiles.bias.copy_(torch.tensor(GAUSSIAN).repeat(model.config.patch))

@@ -138,6 +138,7 @@ class _Pretraining:
             round=0,
             rounds=spec.federation.rounds,
             sites=sum(role.trains for role in prepared.roles.values()),
+            config=method.model_config(spec.model),
         )
 
     def run(self, *, resume: bool) -> None:
@@ -176,7 +177,7 @@ class _Pretraining:
         personal = self._server.layout.private_size > 0
         answers = loop.evaluate(seen, {"part": "test", "baselines": True, "personal": personal})
         if self._method.unseen() == "each":
-            answers |= self._average(loop, unseen, [model for _, model in sorted(self._server.experts.items())])
+            answers |= self._average(loop, unseen, sorted(self._server.experts))
         else:
             answers |= loop.evaluate(unseen, {"part": "test", "baselines": True})
         rows, samples = [], []
@@ -192,9 +193,9 @@ class _Pretraining:
         pd.DataFrame(rows).to_parquet(aside)
         os.replace(aside, self._folder.path / "results.parquet")
 
-    def _average(self, loop: RoundLoop, sites: Sequence[str], models: Sequence[Tensor]) -> dict[str, Reply]:
+    def _average(self, loop: RoundLoop, sites: Sequence[str], experts: Sequence[str]) -> dict[str, Reply]:
         """Score every site's own model on unseen domains and average the scores."""
-        answers = [loop.evaluate(sites, {"part": "test", "baselines": i == 0}, private=model) for i, model in enumerate(models)]
+        answers = [loop.evaluate(sites, {"part": "test", "baselines": i == 0}, expert=name) for i, name in enumerate(experts)]
         mean: dict[str, Reply] = {}
         for site in sites:
             scores = [answer[site].meta["scores"] for answer in answers]
@@ -237,24 +238,21 @@ class _Pretraining:
     def _save_unseen(self, folder: Path) -> None:
         """Write the model that serves domains no site has seen; one model a site where the method has no such model."""
         server, unseen = self._server, self._method.unseen()
-        if unseen == "mixture" and server.experts:
-            # In the order of the sites' names, not of their last replies, which a resume would not remember.
-            experts = dict(sorted(server.experts.items()))
-            build_mixture(self._method.model_config(self._spec.model), server.layout, server.shared, experts).save_pretrained(folder)
+        # In the order of the sites' names, not of their last replies, which a resume would not remember.
+        experts = {site: torch.cat([server.shared_of(site), private]) for site, private in sorted(server.experts.items())}
+        if unseen == "mixture" and experts:
+            build_mixture(self._method.model_config(self._spec.model), server.layout, experts).save_pretrained(folder)
         elif unseen == "each":
-            # Exported on the last round only: before it there is nothing to save.
-            for site, private in server.experts.items():
-                self._save_model(private, folder / site)
-        else:
-            self._save_model(server.private, folder)
+            for site, weights in experts.items():
+                self._save_model(weights, folder / site)
+        elif self._method.exports() == "scored":
+            private = server.private if server.private.numel() else self._initial[server.layout.shared_size :]
+            self._save_model(torch.cat([server.shared, private]), folder)
 
-    def _save_model(self, private: Tensor, folder: Path) -> None:
-        """Write shared and private weights as a model that ``Forecaster.from_pretrained`` loads."""
-        layout = self._server.layout
-        if private.numel() == 0:
-            private = self._initial[layout.shared_size :]
+    def _save_model(self, weights: Tensor, folder: Path) -> None:
+        """Write weights, shared ones first, as a model that ``Forecaster.from_pretrained`` loads."""
         model = build_model(self._method.model_config(self._spec.model))
-        views = layout.views(torch.cat([self._server.shared, private]))
+        views = self._server.layout.views(weights)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(views[name])

@@ -52,11 +52,15 @@ class ForecastTask:
         observed = batch.target_mask.to(torch.float32)
         target = ((batch.target - output.loc) / output.scale).clamp(-self.limit, self.limit)
         point = F.huber_loss(output.point, target, reduction="none", delta=self.delta)
-        error = target.unsqueeze(-1) - output.quantiles  # [B, H, 9]
-        # 2 * max(q u, (q - 1) u) = |u| + (2 q - 1) u
-        pinball = error.abs().sum(dim=-1) + error @ _slopes(error.device)
-        per_step = point + (self.eta / len(QUANTILES)) * pinball  # [B, H]
+        per_step = point + (self.eta / len(QUANTILES)) * pinball(target, output.quantiles)  # [B, H]
         return (per_step * observed).sum() / observed.sum().clamp_min(1.0)
+
+
+def pinball(target: Tensor, quantiles: Tensor) -> Tensor:
+    """Return twice the pinball loss of quantiles [..., 9], added up over the levels, [...], for a target [...]."""
+    error = target.unsqueeze(-1) - quantiles  # [..., 9]
+    # 2 * max(q u, (q - 1) u) = |u| + (2 q - 1) u
+    return error.abs().sum(dim=-1) + error @ _slopes(error.device)
 
 
 @lru_cache(maxsize=8)

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -46,7 +47,7 @@ class StreamingMean:
     """
 
     def __init__(self, sizes: Mapping[str, int], total: float) -> None:
-        self._sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
+        self._sums = {name: np.zeros(size) for name, size in sizes.items()}
         self._total = total
         self._weights: list[float] = []
         self._used = 0.0
@@ -69,8 +70,8 @@ class StreamingMean:
             the weights exceed the declared total.
         """
         for name, total in self._sums.items():
-            _check(vectors[name], total.numel())
-            if total.numel() and not max(map(abs, _extremes(vectors[name]))) < LARGEST_VALUE:
+            _check(vectors[name], total.size)
+            if total.size and not max(map(abs, _extremes(vectors[name]))) < LARGEST_VALUE:
                 raise ScreenError(f"{name} has a value beyond {LARGEST_VALUE:.0f} in magnitude", hint="lower the site's learning rate")
         if not 0 <= weight <= (self._total - self._used) + 1e-9 * self._total:
             raise ScreenError(f"the weight {weight} exceeds what is left of {self._total}", hint="declare the sum of all weights")
@@ -78,10 +79,12 @@ class StreamingMean:
         self._used += weight
         scale = weight / self._total * _GRID
         for name, total in self._sums.items():
-            _add_rounded(total, vectors[name], scale, self._term)
+            _add_rounded(torch.from_numpy(total), vectors[name], scale, self._term)
 
     def means(self) -> dict[str, Tensor]:
-        """Return the weighted mean of what has arrived, float32, by name.
+        """Return the weighted mean of what has arrived, float32, by name; afterwards nothing more can be added.
+
+        A mean takes the place of its sum in memory, and what is left over is given back.
 
         Raises
         ------
@@ -90,10 +93,10 @@ class StreamingMean:
         """
         # The correctly rounded sum does not depend on the order either.
         mass = _mass(self._weights) / self._total * _GRID
-        means = {name: torch.empty(total.numel()) for name, total in self._sums.items()}
-        for name, total in self._sums.items():
-            for part, mean in zip(torch.split(total, _CHUNK), torch.split(means[name], _CHUNK), strict=True):
-                mean.copy_(torch.div(part, mass, out=self._term[: part.numel()]))
+        means = {}
+        while self._sums:
+            name, total = self._sums.popitem()
+            means[name] = _narrowed(total, mass, self._term)
         return means
 
 
@@ -341,6 +344,19 @@ def _add_rounded(total: Tensor, vector: Tensor, scale: float, term: Tensor) -> N
     """Add ``round(vector * scale)`` to a float64 vector, a cached chunk of ``term`` at a time."""
     for part, values in zip(torch.split(total, _CHUNK), torch.split(vector, _CHUNK), strict=True):
         part.add_(term[: values.numel()].copy_(values).mul_(scale).round_())
+
+
+def _narrowed(total: npt.NDArray[np.float64], mass: float, term: Tensor) -> Tensor:
+    """Return ``total / mass`` as float32 ``[n]``, in the first half of the sum's own memory; ``total`` must not be used afterwards."""
+    size = total.size
+    sums, halves = torch.from_numpy(total), torch.from_numpy(total.view(np.float32))
+    for start in range(0, size, _CHUNK):
+        stop = min(start + _CHUNK, size)
+        # read before written: the mean at i covers the sum at i / 2
+        halves[start:stop].copy_(torch.div(sums[start:stop], mass, out=term[: stop - start]))
+    del sums, halves
+    total.resize((size + 1) // 2, refcheck=False)
+    return torch.from_numpy(total.view(np.float32)[:size])
 
 
 def _check(vector: Tensor, size: int) -> None:

@@ -222,6 +222,11 @@ class FlatAdamW:
         for moment in self._moments.values():
             moment.zero_()
 
+    def forget_shared(self) -> None:
+        """Forget the moments of the shared weights."""
+        for name in ("exp_avg", "exp_avg_sq"):
+            self._moments[name][: self._flat.layout.shared_size].zero_()
+
     def state(self) -> dict[str, Tensor]:
         """Return copies of the moments."""
         return {name: moment.clone() for name, moment in self._moments.items()}

@@ -17,7 +17,7 @@ from fedcast.training.flat import FlatAdamW, FlatParameters
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What a call of :func:`train` did: mean loss, and seconds inside forward, backward and optimiser (on CUDA: of launching them)."""
+    """What a call of :func:`train` did: mean loss, and seconds inside forward, backward and optimiser."""
 
     loss: float
     compute_seconds: float
@@ -73,6 +73,7 @@ def train(
         optimiser.step(rate(step), correction())
         losses.append(value.detach())
         seconds += time.perf_counter() - start
+    start = time.perf_counter()
     # Read once: every reading waits for the device.
     mean = float(torch.stack(losses).double().mean()) if losses else 0.0
-    return TrainingRecord(loss=mean, compute_seconds=seconds)
+    return TrainingRecord(loss=mean, compute_seconds=seconds + time.perf_counter() - start)

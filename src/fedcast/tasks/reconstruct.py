@@ -1,0 +1,137 @@
+"""Masked reconstruction as a training task, and as a score: the error over five mask ratios (FeDaL's table 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedcast.errors import ModelError
+from fedcast.models.base import QUANTILES, ModelConfig, Output
+from fedcast.models.layers import InstanceNorm
+from fedcast.models.masking import observed_patches, patch_mask, spread
+from fedcast.tasks.forecast import pinball
+
+if TYPE_CHECKING:
+    from fedcast.data.windows import Batch
+
+RATIOS: tuple[float, ...] = (0.15, 0.30, 0.45, 0.60, 0.75)
+"""Mask ratios of the score; that there are five is found, which ones is reconstructed (fedal.md A.6)."""
+
+
+class Reconstructor(Protocol):
+    """A model that reconstructs hidden patches."""
+
+    config: ModelConfig
+
+    def fill(self, values: Tensor, mask: Tensor, hidden: Tensor) -> Tensor:
+        """Reconstruct windows [B, T] (bool [B, T]: observed) of whole patches from those not hidden (bool [B, N]), in their own unit."""
+        ...
+
+
+@dataclass(frozen=True)
+class ReconstructTask:
+    """Mean squared error of hidden points, plus the pinball loss of their quantiles.
+
+    The squared error is the paper's, over hidden patches only (reconstructed: the convention of masked autoencoders), in units of
+    the standard deviation of the whole window, or of its visible points where that is larger: a few visible patches may be nearly constant,
+    and in their own unit such windows would drown all others in a squared error. The pinball loss trains the quantile head
+    and nothing else.
+
+    Attributes
+    ----------
+    eta
+        Weight of the pinball loss.
+    limit
+        Truth is clamped to this many standard deviations of the visible points, so that nothing overflows.
+    """
+
+    eta: float = 1.0
+    limit: float = 50.0
+
+    def loss(self, output: Output, values: Tensor, mask: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return squared error and weighted pinball loss, a scalar each; 0 where no observed point is hidden.
+
+        Parameters
+        ----------
+        output
+            The model's, for all T points of the windows.
+        values
+            Truth [B, T] in the unit of the data.
+        mask
+            bool [B, T], True where observed.
+        hidden
+            bool [B, N], True where a patch was hidden.
+        """
+        counted = (mask & spread(hidden, mask.shape[1] // hidden.shape[1])).float()
+        _, _, whole = InstanceNorm.forward(torch.where(mask, values, 0.0), mask)
+        weight = counted * (output.scale / whole).clamp(max=1.0)  # from the unit of the output to that of the loss
+        truth = ((values - output.loc) / output.scale).clamp(-self.limit, self.limit)
+        points = counted.sum().clamp_min(1.0)
+        error = ((truth - output.point) * weight).square().sum() / points
+        return error, self.eta / len(QUANTILES) * (pinball(truth, output.quantiles) * weight).sum() / points
+
+
+def whole_windows(batch: Batch, patch: int) -> tuple[Tensor, Tensor]:
+    """Return context and target as one window [B, T] of whole patches, and where it is observed, bool [B, T].
+
+    What the patches have too much is missing: at the start of the context, and at the end of the target.
+    """
+    before, after = -batch.context.shape[1] % patch, -batch.target.shape[1] % patch
+    values = F.pad(torch.cat((batch.context, batch.target), dim=1), (before, after))
+    return values, F.pad(torch.cat((batch.mask, batch.target_mask), dim=1), (before, after))
+
+
+def reconstruction_mse(
+    model: Reconstructor,
+    batch: Batch,
+    scale: Tensor,
+    *,
+    ratios: Sequence[float] = RATIOS,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Return the mean squared error of hidden observed points at each mask ratio, and its mean over the ratios.
+
+    The same seed hides the same patches, whatever the model.
+
+    Parameters
+    ----------
+    model
+        The model.
+    batch
+        Windows; context and target are reconstructed as one.
+    scale
+        [B]: what the windows' series are standardised by; errors are in this unit.
+    ratios
+        Mask ratios.
+    seed
+        Seed of the masks.
+
+    Returns
+    -------
+    dict
+        ``"mse_15"`` for a ratio of 0.15, and so on, and ``"mse"``.
+
+    Raises
+    ------
+    ModelError
+        When no window has a hidden observed point.
+    """
+    patch = model.config.patch
+    values, mask = whole_windows(batch, patch)
+    usable = observed_patches(mask, patch)
+    scores: dict[str, float] = {}
+    with torch.inference_mode():
+        for number, ratio in enumerate(ratios):
+            hidden = patch_mask(usable, ratio, torch.Generator().manual_seed(1000 * seed + number))
+            counted = mask & spread(hidden, patch)
+            if not bool(counted.any()):
+                raise ModelError("no window has two patches with observed points", hint="score longer windows")
+            error = (model.fill(values, mask, hidden).double() - values) / scale.unsqueeze(1)
+            scores[f"mse_{round(100 * ratio)}"] = float(error[counted].square().mean())
+    scores["mse"] = sum(scores.values()) / len(ratios)
+    return scores
