@@ -39,8 +39,8 @@ format: $(READY_DEV) ## Format the code
 docs-check: $(READY_DEV) ## Run every command of README and docs, and check their links
 	$(BIN)/python -m pytest -q tests/cli/test_docs.py
 
-evidence: $(READY) ## Measure whether federating helps, over domains, methods and seeds (hours)
-	$(BIN)/python benchmarks/evidence.py
+evidence: $(READY) ## Compare all methods over domains, data sets and seeds (hours; see docs/evidence.md)
+	$(BIN)/python -m benchmarks.evidence
 
 bench: $(READY) ## Measure speed beside peers and beside the machine's limits (an hour and a half; see benchmarks/README.md)
 	$(BIN)/fedcast machine --build

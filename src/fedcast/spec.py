@@ -11,14 +11,19 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedcast.errors import SpecError, UnknownNameError
 
-_LATER_KEYS = ("products", "kernels", "device", "compile")  # of [training]
+_LATER_KEYS = {
+    "data": ("share",),
+    "model": ("objective",),
+    "training": ("products", "kernels", "device", "compile"),
+    "evaluation": ("horizons", "conflict"),
+}
 
 
 class _Section(BaseModel):
@@ -29,7 +34,8 @@ class DataSpec(_Section):
     """Where the series come from, how they are split by time and how they are spread over clients."""
 
     source: str = Field(
-        "bundled", description="'bundled', 'catalogue' (the folder FEDCAST_DATA names), or a folder: each file or sub-folder is a domain"
+        "bundled",
+        description="'bundled'; 'catalogue' or 'ltsf' (made from the folder FEDCAST_DATA names); or a folder: each file or folder a domain",
     )
     domains: tuple[str, ...] = Field((), description="domains to train on; empty: all that are not held out")
     held_out: tuple[str, ...] = Field((), description="domains never touched in training, forecast zero-shot at the end")
@@ -39,6 +45,7 @@ class DataSpec(_Section):
     freq: str | None = Field(None, description="pandas frequency of every series; inferred when absent")
     validation: float = Field(0.1, gt=0, lt=0.5, description="share of each series, before the test part, for validation")
     test: float = Field(0.2, gt=0, lt=0.8, description="share of each series, at its end, for testing")
+    share: float = Field(1.0, gt=0, le=1, description="share of each series' training part that is trained on: its latest")
     partition: Literal["domain", "series", "iid", "dirichlet", "long_tail"] = Field(
         "domain", description="how series are spread over clients"
     )
@@ -48,8 +55,11 @@ class DataSpec(_Section):
 
 
 class ModelSpec(_Section):
-    """The native patch transformer's size and shape."""
+    """The model's size and shape, and what it learns to do."""
 
+    objective: Literal["forecast", "reconstruct"] = Field(
+        "forecast", description="'forecast': a patch transformer; 'reconstruct': a causal one that fills in hidden patches, the horizon too"
+    )
     size: Literal["nano", "micro", "tiny", "mini", "small", "base"] = Field(
         "nano", description="about 0.5M, 1M, 3M, 8M, 20M, 80M parameters"
     )
@@ -129,6 +139,10 @@ class EvaluationSpec(_Section):
     baselines: tuple[Literal["seasonal_naive", "auto_ets", "auto_theta"], ...] = Field(
         ("seasonal_naive",), description="forecasters scored on the same windows"
     )
+    horizons: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="horizons that are scored, each on windows of its own; empty: model.horizon"
+    )
+    conflict: int = Field(0, ge=0, description="rounds between reports of how the domains' gradients conflict; 0: none")
     samples: int = Field(
         0,
         ge=0,
@@ -166,9 +180,11 @@ class RunSpec(_Section):
         for key in ("fleet", "workers"):
             del document["federation"][key]
         # Keys that came later: at their default a run of an older version is still the same run.
-        for key in _LATER_KEYS:
-            if document["training"][key] == TrainingSpec.model_fields[key].default:
-                del document["training"][key]
+        for section, keys in _LATER_KEYS.items():
+            defaults = RunSpec.model_fields[section].default.model_dump(mode="json")
+            for key in keys:
+                if document[section].get(key) == defaults[key]:
+                    del document[section][key]
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 

@@ -13,7 +13,7 @@ import pytest
 from fedcast.cli.main import app, run
 from fedcast.errors import FedcastError
 
-VERBS = ["check", "compare", "evaluate", "forecast", "init", "machine", "methods", "pretrain", "report", "version"]
+VERBS = ["check", "compare", "evaluate", "forecast", "init", "leakage", "machine", "methods", "pretrain", "report", "version"]
 HEAVY = {"torch", "pandas", "numpy", "pydantic", "plotly", "pyarrow", "statsforecast", "scipy"}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from tests.scaling_runs import share_runs
 
 from fedcast.cli.predict import parse_levels
 from fedcast.cli.starter import fit_lengths
@@ -220,3 +221,19 @@ def test_when_an_ending_or_metric_is_unknown_then_it_is_refused_first(fedcast: C
     assert ".parquet" in answer.err
     answer = fedcast(*words, "--metric", "mes")
     assert (answer.code, answer.err.splitlines()[1]) == (11, "hint: did you mean 'mse'?")
+
+
+def test_when_runs_are_compared_over_a_key_then_the_curve_is_printed_written_and_drawn(fedcast: Call, tmp_path: Path) -> None:
+    runs = share_runs(tmp_path / "runs")
+    answer = fedcast("compare", *runs, "--over", "data.share", "--html", tmp_path / "s.html", "-o", tmp_path / "rows.csv")
+    assert (answer.code, answer.err) == (0, "")
+    assert "training points" in answer.out
+    assert "held-out" in answer.out
+    assert {"run", "value", "x", "mse"} <= set(pd.read_csv(tmp_path / "rows.csv").columns)
+    assert (tmp_path / "s.html").stat().st_size > 10_000
+    found = fedcast("compare", *runs, "--over", "data.share", "--json").json()
+    assert len(found["rows"]) == 2 * len(runs)
+    assert {fit["held_out"] for fit in found["fit"]} == {True, False}
+    assert set(found["fit"][0]["intervals"]) == {"e_inf", "a", "p"}
+    for words, code in ((("--html", tmp_path / "s.html"), 10), (("--over", "data.shares"), 11), (("--over", "seed"), 50)):
+        assert fedcast("compare", *runs, *words).code == code

@@ -14,10 +14,10 @@ from fedcast.cache import cache_folder
 from fedcast.data import catalogue
 from fedcast.data.catalogue import (
     DEFAULT_HELD_OUT,
-    catalogue_frames,
     domain_names,
-    load_catalogue,
     load_domains,
+    load_raw,
+    raw_frames,
     split_domains,
 )
 from fedcast.data.sources import CLEAN_LICENCES, DATASETS, NOT_SHIPPED
@@ -161,20 +161,20 @@ def test_when_the_variable_is_not_set_then_the_catalogue_says_how_to_set_it(monk
 def test_when_the_variable_names_no_folder_then_it_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FEDCAST_DATA", str(tmp_path / "nowhere"))
     with pytest.raises(SourceError, match="not a folder"):
-        load_catalogue("nature")
+        load_raw("catalogue", "nature")
 
 
 def test_when_a_raw_file_is_missing_then_the_dataset_is_named(raw: Path) -> None:
     with pytest.raises(SourceError, match=r"nature/sunspots needs .*sunspot"):
-        load_catalogue("nature")
+        load_raw("catalogue", "nature")
 
 
 def test_when_a_domain_is_built_then_it_is_kept_and_opened_the_next_time(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    built = load_catalogue("spacecraft")
+    built = load_raw("catalogue", "spacecraft")
     assert built.ids == ["train__A", "train__B"] * 2
     assert built.freqs == ["1", "1"]
-    monkeypatch.setattr(catalogue, "catalogue_frames", _fail)
-    assert load_catalogue("spacecraft").fingerprint == built.fingerprint
+    monkeypatch.setattr(catalogue, "raw_frames", _fail)
+    assert load_raw("catalogue", "spacecraft").fingerprint == built.fingerprint
 
 
 def _fail(domain: str) -> None:
@@ -182,18 +182,18 @@ def _fail(domain: str) -> None:
 
 
 def test_when_a_raw_file_changes_then_the_domain_is_built_again(raw: Path) -> None:
-    before = load_catalogue("spacecraft").fingerprint
+    before = load_raw("catalogue", "spacecraft").fingerprint
     _write_telemetry(raw, 1.0)
-    after = load_catalogue("spacecraft").fingerprint
+    after = load_raw("catalogue", "spacecraft").fingerprint
     assert before != after
     assert len(list((cache_folder() / "catalogue").iterdir())) == 2
 
 
 def test_when_a_kept_store_is_damaged_then_it_is_built_again(raw: Path) -> None:
-    before = load_catalogue("spacecraft").fingerprint
+    before = load_raw("catalogue", "spacecraft").fingerprint
     (place,) = (cache_folder() / "catalogue").iterdir()
     (place / "values.npy").write_bytes(b"no array")
-    assert load_catalogue("spacecraft").fingerprint == before
+    assert load_raw("catalogue", "spacecraft").fingerprint == before
 
 
 def test_when_the_cache_cannot_be_written_then_the_hint_names_the_variable(
@@ -202,7 +202,7 @@ def test_when_the_cache_cannot_be_written_then_the_hint_names_the_variable(
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("FEDCAST_CACHE", str(tmp_path / "file"))
     with pytest.raises(SourceError) as error:
-        load_catalogue("spacecraft")
+        load_raw("catalogue", "spacecraft")
     assert "FEDCAST_CACHE" in error.value.hint
 
 
@@ -224,14 +224,14 @@ def test_when_no_cache_folder_is_set_then_it_lies_in_the_users_cache(monkeypatch
     [("nature", 3, 120_837), ("spacecraft", 108, 474_039), ("web", 25, 173_465), ("activity", 840, 1_464_612)],
 )
 def test_when_a_small_domain_is_built_from_the_recordings_then_nothing_is_lost(domain: str, series: int, points: int) -> None:
-    frames = catalogue_frames(domain)
+    frames = raw_frames("catalogue", domain)
     assert sum(long.frame["unique_id"].nunique() for long in frames.values()) == series
     assert sum(len(long.frame) for long in frames.values()) == points
 
 
 @needs_data
 def test_when_the_co2_record_is_read_then_its_holes_are_missing_and_its_values_exact() -> None:
-    frame = catalogue_frames("nature")["co2"].frame.set_index("ds")["y"]
+    frame = raw_frames("catalogue", "nature")["co2"].frame.set_index("ds")["y"]
     assert 0.2 < frame.isna().mean() < 0.3
     assert 310 < frame.iloc[0] < 320
     assert 410 < frame.iloc[-1] < 420
@@ -244,7 +244,7 @@ def test_when_a_domain_is_built_then_it_stays_under_the_cap_and_reopens_the_same
     domain: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FEDCAST_CACHE", str(tmp_path))
-    built = load_catalogue(domain)
+    built = load_raw("catalogue", domain)
     assert 20_000 <= built.values.size <= 2_100_000
     assert (built.lengths >= 208).any()
-    assert load_catalogue(domain).fingerprint == built.fingerprint
+    assert load_raw("catalogue", domain).fingerprint == built.fingerprint

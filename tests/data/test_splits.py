@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fedcast.data.catalogue import load_domains
-from fedcast.data.splits import Splits, split_by_time, train_scale
+from fedcast.data.splits import Splits, split_by_time, split_store, train_scale
 from fedcast.data.store import SeriesStore
 from fedcast.errors import SplitError
 from fedcast.spec import DataSpec
@@ -114,6 +114,26 @@ def test_when_series_span_several_blocks_then_scales_are_still_those_of_each() -
         train = series[i][: ends[i]].astype(np.float64)
         np.testing.assert_allclose([mean[i], std[i]], [train.mean(), train.std()], rtol=1e-10)
     assert (mean[1], std[1]) == (0.0, 1.0)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 900), min_size=1, max_size=6),
+    share=st.floats(0.01, 1.0),
+    horizon=st.integers(1, 40),
+)
+def test_when_a_share_is_trained_on_then_it_is_the_latest_and_nothing_else_changes(lengths: list[int], share: float, horizon: int) -> None:
+    store = _store([np.ones(length) for length in [*lengths, 900]])
+    whole = split_store(store, DataSpec(), horizon)
+    splits = split_store(store, DataSpec(share=share), horizon)
+    for name in ("train_end", "validation_end", "kept"):
+        np.testing.assert_array_equal(getattr(splits, name), getattr(whole, name))
+    assert not whole.train_start.any()
+    used = splits.train_end - splits.train_start
+    wanted = np.rint(share * splits.train_end)
+    room = wanted >= horizon + 16
+    np.testing.assert_array_equal(used[splits.kept], np.where(room, wanted, 0)[splits.kept])
+    np.testing.assert_array_equal(splits.trained, splits.kept & room)
+    np.testing.assert_array_equal(train_scale(store, splits), train_scale(store, whole))
 
 
 def test_when_bundled_domains_are_split_then_every_domain_keeps_series() -> None:

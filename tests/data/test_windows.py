@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -51,6 +52,14 @@ def stores(draw: st.DrawFn) -> tuple[SeriesStore, Splits]:
     kept = np.array([draw(st.integers(0, 4)) > 0 for _ in series])
     train_end, validation_end = np.array(ends).T
     return _store(series, dataset, dataset), Splits(train_end, validation_end, kept)
+
+
+@st.composite
+def late_stores(draw: st.DrawFn) -> tuple[SeriesStore, Splits]:
+    """The same, trained on from anywhere in the train part on."""
+    store, splits = draw(stores())
+    start = np.array([draw(st.integers(0, int(end))) for end in splits.train_end])
+    return store, dataclasses.replace(splits, train_start=start)
 
 
 def _valid(store: SeriesStore, splits: Splits, part: Part, context: int, horizon: int) -> list[tuple[int, int]]:
@@ -153,6 +162,40 @@ def test_when_points_are_counted_then_only_observed_train_values_of_kept_series_
     sampler = WindowSampler(store, splits, context=16, horizon=4)
     wanted = sum(int(np.isfinite(store.series(i)[: splits.train_end[i]]).sum()) for i in np.flatnonzero(splits.kept).tolist())
     assert sampler.n_points == wanted
+
+
+@given(case=late_stores(), context=st.integers(8, 40), horizon=st.integers(1, 20))
+def test_when_training_begins_late_then_it_is_as_if_series_had_nothing_before(
+    case: tuple[SeriesStore, Splits], context: int, horizon: int
+) -> None:
+    store, splits = case
+    cut = _store([store.series(i)[start:] for i, start in enumerate(splits.train_start)], store.dataset.tolist(), store.domain.tolist())
+    ends = (splits.train_end - splits.train_start, splits.validation_end - splits.train_start)
+    late = WindowSampler(store, splits, context=context, horizon=horizon, balance="dataset")
+    short = WindowSampler(cut, Splits(*ends, splits.kept), context=context, horizon=horizon, balance="dataset")
+    assert (late.n_windows, late.n_points) == (short.n_windows, short.n_points)
+    if late.n_windows:
+        drawn, same = (sampler.draw(50, np.random.default_rng(0)) for sampler in (late, short))
+        np.testing.assert_array_equal(drawn.end, same.end + splits.train_start[drawn.series])
+        ours, theirs = late.gather(drawn), short.gather(same)
+        for name in ("context", "mask", "target", "target_mask"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name))
+
+
+@given(case=late_stores(), context=st.integers(8, 40), horizon=st.integers(1, 20))
+def test_when_training_begins_late_then_evaluation_windows_are_the_same(
+    case: tuple[SeriesStore, Splits], context: int, horizon: int
+) -> None:
+    store, splits = case
+    whole = dataclasses.replace(splits, train_start=np.zeros_like(splits.train_end))
+    for part in ("validation", "test"):
+        ours, theirs = (
+            sampler.gather(sampler.evaluation(part, 20))
+            for sampler in (WindowSampler(store, each, context=context, horizon=horizon) for each in (splits, whole))
+        )
+        assert _pairs(ours.windows) == _pairs(theirs.windows)
+        assert torch.equal(ours.context, theirs.context)
+        assert torch.equal(ours.mask, theirs.mask)
 
 
 def _uneven() -> tuple[SeriesStore, Splits]:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from tests.federations import small_spec, train_small
-from tests.methods.test_drift import OPTIMUM, _limit
+from tests.methods.test_drift import CURVATURE, MINIMUM, OPTIMUM, _limit, _Site
 from torch import Tensor, nn
 
 from fedcast import Forecaster
@@ -42,6 +43,37 @@ def test_when_sites_differ_then_feddyns_correction_removes_fedavgs_bias_and_the_
     fedavg = _limit("fedavg")
     assert abs(fedavg - OPTIMUM) > 0.3
     assert _limit("fedal", **{**TOY, **options}) == pytest.approx(OPTIMUM if unbiased else fedavg, abs=1e-3)
+
+
+@pytest.mark.parametrize(("dynamics", "first", "second", "last"), [
+    # Replies that move by 2 and by 4 on the mean; beta = 0.25, two of four sites reply.
+    ("dyn_feddyn", 3 + 1.5, 4.5 + 3 + 3, 10.5 + 3),
+    ("dyn_literal", 3 + 1.5, 4.5 + 3 + 0.5 * 1.5 + 1.5, 9.75 + 3 + 0.25 * 1.5 + 0.5 * 1.5 + 1.5),
+    ("dyn_scaled", 3 + 0.75, 3.75 + 3 + 0.5 * 0.75 + 0.75, 7.875 + 3 + 0.25 * 0.75 + 0.5 * 0.75 + 0.75),
+    ("none", 3.0, 6.0, 9.0),
+])  # fmt: skip
+def test_when_weights_are_corrected_then_it_is_by_the_formula(dynamics: Any, first: float, second: float, last: float) -> None:
+    method = FedAl(dbe=False, coreset=0, dynamics=dynamics, beta=0.25, rho=0.5)
+    server = Server(Layout(("weight",), ((1,),), 1), torch.zeros(1), torch.zeros(0), {}, 0, 3, sites=4)
+    for server.round, expected in enumerate((first, second, last), start=1):
+        replies = [{"shared": server.shared + step} for step in (2.0, 4.0)]
+        method.aggregate(server, [Update(str(i), reply, 1) for i, reply in enumerate(replies)])
+        assert float(server.shared) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("samples", [(1, 9), (9, 1)])
+def test_when_sites_weigh_differently_or_take_turns_then_the_limit_is_still_the_optimum_of_the_plain_mean(
+    samples: tuple[int, int], half: bool
+) -> None:
+    method = FedAl(dbe=False, coreset=0, beta=1.0)
+    sites = [_Site(a, b) for a, b in zip(CURVATURE, MINIMUM, strict=True)]
+    server, rng = Server(Layout(("weight",), ((1, 1),), 1), torch.zeros(1), torch.zeros(0), {}, 0, 300, sites=2), np.random.default_rng(0)
+    for server.round in range(1, 301):
+        chosen = [int(rng.integers(2))] if half else [0, 1]
+        replies = [(i, sites[i].train(method, method.message(server, "a"))) for i in chosen]
+        method.aggregate(server, [Update(str(i), reply, samples[i]) for i, reply in replies])
+    assert float(server.shared) == pytest.approx(OPTIMUM, abs=1e-3)
 
 
 def by_hand(features: Tensor, usable: Tensor, kernel: int) -> tuple[Tensor, Tensor]:
@@ -87,8 +119,8 @@ def test_when_the_mean_is_over_patches_then_the_seasonal_bias_is_nearly_nothing(
     assert domain_bias(features, usable, 5, "batch+token")[1].norm() < 0.1 * template.norm(dim=1).mean()
 
 
-@pytest.mark.parametrize(("patches", "kernel"), [(5, 1), (20, 5), (32, 7), (80, 19), (200, 25)])
-def test_when_no_kernel_is_given_then_it_is_odd_and_a_quarter_of_the_window_at_most(patches: int, kernel: int) -> None:
+@pytest.mark.parametrize(("patches", "kernel"), [(2, 3), (5, 3), (10, 3), (20, 5), (32, 7), (80, 19), (200, 25)])
+def test_when_no_kernel_is_given_then_it_is_odd_and_a_quarter_of_the_window_but_at_least_3(patches: int, kernel: int) -> None:
     assert default_kernel(patches) == kernel
 
 
@@ -205,10 +237,9 @@ def test_when_rounds_are_over_then_as_many_bytes_travelled_as_the_specification_
     config: ModelConfig = method.model_config(spec.model)
     weights, bias, coreset = shared_size(method, config), 5 * config.d_model, 8 * 80
     up, down = zip(*((row["bytes_up"], row["bytes_down"]) for row in trained.rows("round")), strict=True)
-    # Three sites, four bytes a number. Down: weights, and from round 2 on the global bias. Up: weights, bias and core-set, and on
-    # rounds that are scored (2 and 3) the bias once more, as the weights that serve domains no site has seen.
+    # Three sites, four bytes a number. Down: weights, and from round 2 on the global bias. Up: weights, bias and core-set.
     assert down == (12 * weights, 12 * (weights + bias), 12 * (weights + bias))
-    assert up == (12 * (weights + bias + coreset), *[12 * (weights + 2 * bias + coreset)] * 2)
+    assert up == (12 * (weights + bias + coreset),) * 3
 
 
 def test_when_core_sets_are_made_then_the_round_says_how_near_they_are_to_training_windows(trained: Run) -> None:
@@ -219,6 +250,12 @@ def test_when_core_sets_are_made_then_the_round_says_how_near_they_are_to_traini
             if made:
                 assert 0 < site["coreset_nearest_minimum"] <= site["coreset_nearest_median"] < 2
                 assert site["coreset_mismatch"] > 0
+    # That of each vector stays at its site.
+    for name, last in trained.rows("round")[-1]["sites"].items():
+        distances = load_file(max((trained.folder / "sites" / name).glob("state-*.safetensors")))["method.coreset_nearest"]
+        assert distances.shape == (8,)
+        assert float(distances.min()) == pytest.approx(last["coreset_nearest_minimum"])
+        assert float(distances.median()) <= last["coreset_nearest_median"]
 
 
 def test_when_a_run_is_over_then_its_model_forecasts_any_series(trained: Run) -> None:

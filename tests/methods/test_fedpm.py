@@ -12,6 +12,7 @@ from fedcast.methods.fedpm import FedPM, align, forecast_loss, memory_losses, ut
 from fedcast.models.architectures import build_model
 from fedcast.models.architectures.prototype import Prediction, PrototypeTransformer
 from fedcast.models.base import ModelConfig
+from fedcast.spec import ModelSpec
 from fedcast.training.flat import Layout
 
 ROWS, WIDTH = 8, 16
@@ -121,6 +122,17 @@ def test_when_the_memory_losses_are_taken_then_one_moves_the_encoder_and_the_oth
     assert torch.equal(net.memory.prototypes.grad.abs().sum(1) > 0, used)
 
 
+@pytest.mark.parametrize(("statistics", "total"), [(512, 747_042), (0, 432_672)])
+def test_when_the_method_builds_the_papers_model_then_it_trains_as_many_parameters(statistics: int, total: int) -> None:
+    shape = FedPM(statistics=statistics).model_config(ModelSpec(context=96, horizon=96, patch=16))
+    with torch.device("meta"):
+        sizes = {name: p.numel() for name, p in build_model(shape).named_parameters()}
+    # The paper's model has no quantiles, and judges no window.
+    ours = {name: sizes.pop(name) for name in list(sizes) if name.startswith(("heads.summary.", "heads.quantiles.", "heads.typical_error"))}
+    assert sum(sizes.values()) == total
+    assert sum(ours.values()) == (24 * 64 + 1) * 64 + (64 + 1) * 96 * 9 + 1
+
+
 # The server: alignment, shared prototypes, the choice of the others (B.4)
 
 
@@ -160,6 +172,19 @@ def test_when_aligning_then_clusters_are_the_components_of_the_graph_by_a_direct
         keys.append((-len(members), -sum(float(counts[m]) for m in members)))
     assert keys == sorted(keys)
     assert ours.index_aligned == sum(len({i for _, i in members}) == 1 for members in theirs)
+
+
+@pytest.mark.parametrize("delta", [0.7, 0.25])
+def test_when_a_cosine_is_delta_within_float32_then_float64_decides(delta: float) -> None:
+    axis = torch.zeros(ROWS, WIDTH, dtype=torch.float64)
+    axis[:, 0] = 1
+    other = torch.zeros(ROWS, WIDTH, dtype=torch.float64)
+    for i in range(ROWS):
+        # Orthogonal but for the first axis, along which the cosine is a little more or less than delta.
+        cosine = delta + (1e-10 if i % 2 else -1e-10)
+        other[i, 0], other[i, i + 1] = cosine, math.sqrt(1 - cosine**2)
+    rank = align(torch.stack((axis, other)), torch.ones(2, ROWS, dtype=torch.float64), delta).rank
+    assert (rank[1] >= 0).tolist() == [bool(i % 2) for i in range(ROWS)]
 
 
 def test_when_sites_keep_what_they_started_from_then_the_clusters_are_aligned_by_index() -> None:

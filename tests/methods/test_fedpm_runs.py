@@ -126,7 +126,10 @@ def test_when_a_run_is_over_then_sites_and_the_final_mixture_hold_the_memories_o
     for site in DOMAINS:
         own = kept[f"own.{site}"].view(256, 64)
         assert torch.equal(load_file(run.folder / "sites" / site / "model" / "model.safetensors")["memory.prototypes"], own)
-        assert torch.equal(final.model.expert(site).state_dict()["memory.prototypes"], own)
+        state = final.model.expert(site).state_dict()
+        assert torch.equal(state["memory.prototypes"], own)
+        # What a new domain's quantisation errors are compared with.
+        assert float(state["heads.typical_error"]) == pytest.approx(run.rows("round")[-1]["sites"][site]["quantisation_error"])
     forecast = final.predict_arrays(np.random.default_rng(0).normal(size=(3, 50)), 20)
     assert np.isfinite(forecast.point).all()
     assert np.isfinite(forecast.quantiles).all()
@@ -153,6 +156,8 @@ OPTIONS = [
     {"fill": "random_isolated"},
     {"fill": "none"},
     {"similarity": "max"},
+    {"backbone": "cnn", "width": 16, "encoder_layers": 1, "decoder_layers": 1},
+    {"backbone": "gru", "width": 16, "encoder_layers": 1, "decoder_layers": 1},
     {"prototypes": 32, "width": 32, "patch": 8, "encoder_layers": 1, "decoder_layers": 1},
 ]
 
@@ -185,6 +190,23 @@ def test_when_dead_prototypes_are_restarted_then_they_are_features_and_used_ones
         assert 16 <= changed.sum() <= 8 * 64 / 4
         assert not changed[counts > 0].any()
         torch.testing.assert_close(rows[changed].norm(dim=1), torch.full((int(changed.sum()),), 8.0), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize(("kind", "spread"), [("gaussian", 1.0), ("laplace", 2**0.5)])
+def test_when_uploads_are_noisy_then_by_the_noise_asked_for_and_nothing_else_changes(
+    kind: str, spread: float, watched: tuple[Run, Watching], tmp_path: Path
+) -> None:
+    _, noisy = watch(small_spec("fedpm", noise=0.5, noise_kind=kind), tmp_path)
+    plain = {site: reply.tensors for number, site, reply in watched[1].replies if number == 1}
+    draws = []
+    for _, site, reply in [each for each in noisy.replies if each[0] == 1]:
+        assert torch.equal(reply.tensors["counts"], plain[site]["counts"])
+        draws.append(reply.tensors["shared"] - plain[site]["shared"])
+    drawn = torch.stack(draws)
+    assert drawn.std().item() == pytest.approx(0.5 * spread, rel=0.03)
+    # Half of a Gaussian lies within 0.674 deviations, half of a Laplace distribution within 0.490.
+    assert drawn.abs().median().item() == pytest.approx(0.5 * (0.674 if kind == "gaussian" else 0.693), rel=0.03)
+    assert not torch.equal(draws[0], draws[1])
 
 
 def test_when_sites_start_then_their_encoders_are_the_same() -> None:

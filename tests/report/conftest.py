@@ -86,6 +86,28 @@ def round_rows(sites: Sequence[str], rounds: int, rng: np.random.Generator) -> l
     return rows
 
 
+def conflict_rows(sites: Sequence[str], rounds: int) -> list[Row]:
+    """Rows of kind conflict, as often as a run with ``evaluation.conflict = 5`` keeps them."""
+    rng = np.random.default_rng(8)
+    rows: list[Row] = []
+    for number in sorted({1, rounds, *range(5, rounds + 1, 5)}) if rounds else ():
+        unit = rng.normal(size=(len(sites), 6))
+        unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+        cosines = (unit @ unit.T).round(4)
+        pairs = cosines[np.triu_indices(len(sites), 1)]
+        summary = {"mean": float(pairs.mean()), "negative": float((pairs < 0).mean())} if len(pairs) else {"mean": None, "negative": None}
+        row = {
+            "kind": "conflict",
+            "round": number,
+            "sites": list(sites),
+            "cosines": cosines.tolist(),
+            "dropped": {},
+            "bytes_probe": 9_000_000,
+        }
+        rows.append(row | summary)
+    return rows
+
+
 def result_rows(domains: Sequence[tuple[str, bool]], models: Sequence[str], rng: np.random.Generator) -> list[Row]:
     """One row a model and domain."""
     skill = {"fedtrl": 0.8, "fedavg": 0.86, "central": 0.83, "local": 0.95, "auto_ets": 0.97, "seasonal_naive": 1.0}
@@ -161,12 +183,14 @@ def write_run(
     rounds: int = 20,
     models: Sequence[str] = ("fedtrl", "seasonal_naive", "auto_ets", "fedavg", "central", "local"),
     samples: bool = True,
+    conflict: bool = True,
     spec: str = SPEC,
 ) -> Path:
     """Write a run folder; empty arguments leave their part out."""
     rng = np.random.default_rng(7)
     domains = [(name, False) for name in training] + [(name, True) for name in held_out]
     rows = round_rows(list(training), rounds, rng) + result_rows(domains, models, rng)
+    rows += conflict_rows(training, rounds) if conflict else []
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spec.toml").write_text(spec, encoding="utf-8")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

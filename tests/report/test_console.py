@@ -38,6 +38,14 @@ def test_when_domains_are_few_then_models_are_rows() -> None:
     assert text.index("held-out") < text.index("training")
 
 
+def test_when_a_domain_was_trained_on_under_another_name_then_a_line_says_so() -> None:
+    rows = results(4).assign(exposure="unseen")
+    assert "recordings" not in text_of(results_table(rows))
+    rows.loc[rows.domain.isin(["domain1", "domain3"]) & (rows.model == "fedtrl"), "exposure"] = "seen"
+    assert "trained on recordings of domain3\n" in "\n".join(line.rstrip() for line in text_of(results_table(rows)).splitlines()) + "\n"
+    assert "trained on recordings of domain1, domain3" in text_of(results_table(rows.drop(columns="held_out")))
+
+
 def test_when_domains_are_many_then_they_are_rows_and_fit_the_width() -> None:
     text = text_of(results_table(results(14)))
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 100

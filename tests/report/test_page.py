@@ -53,7 +53,7 @@ def test_when_a_run_is_complete_then_every_section_is_there(make_run: MakeRun) -
     file = write_report(make_run())
     page = file.read_text(encoding="utf-8")
     assert file.name == "report.html"
-    assert {"results", "forecasts", "loss", "similarity", "weights", "measures", "costs"} <= _Elements(page).ids()
+    assert {"results", "forecasts", "loss", "similarity", "conflict", "weights", "measures", "costs"} <= _Elements(page).ids()
     assert page.startswith("<!doctype html>")
     for fact in ("FedTRL trained a nano patch transformer over 8 sites in 20 rounds.", "342 MB", "1 min 36 s", "0.1.0 4be1c09d77aa"):
         assert fact in page
@@ -100,15 +100,19 @@ def test_when_a_name_holds_markup_then_it_stays_text(make_run: MakeRun) -> None:
     [
         ({"samples": False}, {"forecasts"}),
         ({"models": ()}, {"results"}),
-        ({"rounds": 0}, {"loss", "similarity", "weights", "measures", "costs"}),
-        ({"rounds": 0, "models": (), "samples": False}, {"results", "forecasts", "loss", "similarity", "weights", "measures", "costs"}),
+        ({"rounds": 0}, {"loss", "similarity", "conflict", "weights", "measures", "costs"}),
+        ({"conflict": False}, {"conflict"}),
+        (
+            {"rounds": 0, "models": (), "samples": False},
+            {"results", "forecasts", "loss", "similarity", "conflict", "weights", "measures", "costs"},
+        ),
     ],
 )
 def test_when_a_part_of_the_record_is_missing_then_its_section_is_left_out(
     make_run: MakeRun, options: dict[str, object], absent: set[str]
 ) -> None:
     page = write_report(make_run(**options)).read_text(encoding="utf-8")
-    everything = {"results", "forecasts", "loss", "similarity", "weights", "measures", "costs"}
+    everything = {"results", "forecasts", "loss", "similarity", "conflict", "weights", "measures", "costs"}
     assert everything & {i for i in _Elements(page).ids() if i} == everything - absent
 
 

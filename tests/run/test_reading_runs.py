@@ -63,6 +63,21 @@ def test_when_a_result_row_is_read_then_it_describes_itself(runs: dict[str, Run]
         assert baseline in ("fedtrl", "seasonal_naive")
 
 
+def test_when_rows_are_read_then_they_say_what_the_model_has_seen(runs: dict[str, Run]) -> None:
+    for run in runs.values():
+        rows = run.results()
+        ours = rows.model == rows.method
+        assert dict(zip(rows[ours].domain, rows[ours].exposure, strict=True)) == dict.fromkeys(DOMAINS, "seen") | {"transport": "unseen"}
+        assert set(rows[~ours].exposure) == {"unseen"}  # baselines train on nothing
+    again = evaluate(runs["fedavg"].folder, "bundled", domains=["health", "wind"], windows=4).set_index(["model", "domain"]).exposure
+    assert again["model"].to_dict() == {"health": "seen", "wind": "unseen"}
+    assert set(again["seasonal_naive"]) == {"unseen"}
+    births = bundled_folder() / "health" / "births.parquet"
+    for model in (runs["fedavg"].folder, runs["fedavg"].final):
+        rows = evaluate(model, births, windows=4, horizon=16, baselines=())
+        assert set(rows.exposure) == {"unknown"}  # a file of a person's own, or a model without its run
+
+
 def test_when_the_held_out_domain_is_scored_again_from_the_saved_model_then_the_scores_are_the_same(runs: dict[str, Run]) -> None:
     results = runs["fedtrl"].results().set_index(["model", "domain"])
     rows = evaluate(runs["fedtrl"].folder, "bundled", domains=["transport"], windows=8).set_index("model")
@@ -114,3 +129,14 @@ def test_when_a_run_is_served_otherwise_then_it_scores_as_if_it_had_been_trained
         assert again[metric].astype(float).tolist() == pytest.approx(shadow[metric].astype(float).tolist(), rel=1e-3)
     with pytest.raises(RunError, match="no mixture"):
         serve_otherwise(RunFolder(runs["fedavg"].folder), "each")
+
+
+def test_when_the_best_expert_is_known_by_its_test_error_then_it_is_at_most_their_mean(runs: dict[str, Run], tmp_path: Path) -> None:
+    memories = train_small(small_spec("fedpm", rounds=1), tmp_path)
+    for run in (runs["fedtrl"], memories):
+        each, oracle = (serve_otherwise(RunFolder(run.folder), serving) for serving in ("each", "oracle"))
+        held = each.held_out.astype(bool)
+        assert (oracle.mse[held].astype(float) < each.mse[held].astype(float)).all()
+        pd.testing.assert_series_equal(oracle.mse[~held], each.mse[~held])
+    with pytest.raises(RunError, match="another order"):
+        serve_otherwise(RunFolder(memories.folder), "shadow")

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from fedcast.cli import machine, predict, prepare, results, train
+from fedcast.cli import leakage, machine, predict, prepare, results, train
 from fedcast.cli.flags import SpecCommand
 from fedcast.cli.output import emit, fail, note
 from fedcast.errors import FedcastError
@@ -43,6 +43,7 @@ _add(predict.forecast, "Training and forecasting")
 _add(predict.evaluate, "Training and forecasting")
 _add(results.compare, "Results")
 _add(results.report, "Results")
+_add(leakage.leakage, "Results")
 _add(machine.machine, "This installation")
 _add(prepare.version, "This installation")
 

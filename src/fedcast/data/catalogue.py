@@ -1,9 +1,10 @@
-"""Where domains come from: the bundled data, the catalogue of raw recordings, or a person's own folder.
+"""Where domains come from: the bundled data, the catalogue of raw recordings, the LTSF benchmark, or a person's own folder.
 
 ``"bundled"`` is shipped inside the package (see ``bundled/DATA_CARD.md``). ``"catalogue"`` is built from the raw recordings in the folder
-that the environment variable ``FEDCAST_DATA`` names; what is taken of each is written in :mod:`fedcast.data.sources.recipes`. Built
-stores are kept in ``FEDCAST_CACHE`` (default ``~/.cache/fedcast``, or the platform's cache folder), keyed by the checksums of the raw
-files and of the code that reads them, so neither changed data nor changed code gives a stale store.
+that the environment variable ``FEDCAST_DATA`` names; what is taken of each is written in :mod:`fedcast.data.sources.recipes`. ``"ltsf"``
+is built from the same folder, see :mod:`fedcast.data.sources.ltsf`. Built stores are kept in ``FEDCAST_CACHE`` (default
+``~/.cache/fedcast``, or the platform's cache folder), keyed by the checksums of the raw files and of the code that reads them, so neither
+changed data nor changed code gives a stale store.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ Each has training domains of the same time scale but of another origin: economic
 """
 
 
-_WITHOUT_EFFECT = ("catalogue.py", "check.py", "partition.py", "splits.py", "windows.py")
+RAW_SOURCES = ("catalogue", "ltsf")
+"""Sources that are built from the raw recordings."""
+
+_WITHOUT_EFFECT = ("catalogue.py", "check.py", "leakage.py", "partition.py", "splits.py", "windows.py")
 """Modules of this floor that do not touch how a store is built."""
 
 
@@ -52,7 +56,7 @@ def domain_names(source: str | Path) -> list[str]:
     Parameters
     ----------
     source
-        ``"bundled"``, ``"catalogue"`` or a folder, whose file names say it all: neither raw files nor a person's own are read.
+        ``"bundled"``, ``"catalogue"``, ``"ltsf"`` or a folder, whose file names say it all: neither raw files nor a person's own are read.
 
     Raises
     ------
@@ -61,8 +65,8 @@ def domain_names(source: str | Path) -> list[str]:
     """
     if source == "bundled":
         return sorted(bundled_card()["domains"])
-    if source == "catalogue":
-        return sorted(_catalogue())
+    if source in RAW_SOURCES:
+        return sorted(_table(str(source)))
     return sorted(domain_files(source))
 
 
@@ -100,8 +104,8 @@ def load_domains(data: DataSpec, names: Sequence[str] | None = None) -> dict[str
     Parameters
     ----------
     data
-        Its ``source`` is ``"bundled"``, ``"catalogue"`` or a folder (each file or sub-folder a domain); ``time``, ``id``, ``target``
-        and ``freq`` apply to a folder.
+        Its ``source`` is ``"bundled"``, ``"catalogue"``, ``"ltsf"`` or a folder (each file or sub-folder a domain); ``time``, ``id``,
+        ``target`` and ``freq`` apply to a folder.
     names
         Domains to load, in this order; by default all that the spec trains on or holds out.
 
@@ -121,9 +125,10 @@ def load_domains(data: DataSpec, names: Sequence[str] | None = None) -> dict[str
     FrameError
         When a file of a wanted domain is malformed; the other domains' files are not read.
     """
-    if data.source in ("bundled", "catalogue"):
-        load = load_bundled if data.source == "bundled" else load_catalogue
-        return {name: load(name) for name in _wanted(data, names, domain_names(data.source))}
+    if data.source == "bundled":
+        return {name: load_bundled(name) for name in _wanted(data, names, domain_names(data.source))}
+    if data.source in RAW_SOURCES:
+        return {name: load_raw(data.source, name) for name in _wanted(data, names, domain_names(data.source))}
     files = domain_files(data.source)
     columns = {"time": data.time, "id": data.id, "target": data.target, "freq": data.freq}
     return {
@@ -212,43 +217,43 @@ def raw_folder() -> Path:
     hint = "set FEDCAST_DATA to the folder of raw recordings, or use data.source = 'bundled'"
     value = os.environ.get("FEDCAST_DATA", "")
     if not value:
-        raise SourceError("the catalogue needs raw recordings, and FEDCAST_DATA is not set", hint=hint)
+        raise SourceError("this source needs raw recordings, and FEDCAST_DATA is not set", hint=hint)
     folder = Path(value).expanduser()
     if not folder.is_dir():
         raise SourceError(f"FEDCAST_DATA names {folder}, which is not a folder", hint=hint)
     return folder
 
 
-def catalogue_frames(domain: str) -> dict[str, LongFrame]:
-    """Build the datasets of one catalogue domain from the raw recordings, without the cache.
+def raw_frames(source: str, domain: str) -> dict[str, LongFrame]:
+    """Build the datasets of one domain of ``"catalogue"`` or ``"ltsf"`` from the raw recordings, without the cache.
 
     Raises
     ------
     UnknownNameError
-        When the catalogue has no domain of that name.
+        When the source has no domain of that name.
     SourceError
         When ``FEDCAST_DATA`` is not set, or a raw file is missing.
     """
     from fedcast.data.sources import long_frame
 
-    datasets = _catalogue_datasets(domain)
+    datasets = _datasets(source, domain)
     root = raw_folder()
     _require_files(root, datasets)
-    return {d.name: long_frame(d.read(root), d.freq, f"catalogue/{domain}/{d.name}") for d in datasets}
+    return {d.name: long_frame(d.read(root), d.freq, f"{source}/{domain}/{d.name}") for d in datasets}
 
 
-def load_catalogue(domain: str) -> SeriesStore:
-    """Load one catalogue domain from the cache, or build it and keep it there; see :func:`catalogue_frames`."""
-    datasets = _catalogue_datasets(domain)
+def load_raw(source: str, domain: str) -> SeriesStore:
+    """Load one domain of ``"catalogue"`` or ``"ltsf"`` from the cache, or build it and keep it there; see :func:`raw_frames`."""
+    datasets = _datasets(source, domain)
     root = raw_folder()
     _require_files(root, datasets)
-    place = cache_folder() / "catalogue" / f"{domain}-{_cache_key(root, datasets)}"
+    place = cache_folder() / source / f"{domain}-{_cache_key(root, datasets)}"
     if place.is_dir():
         try:
             return SeriesStore.open(place)
         except SourceError:
             pass  # a damaged entry is built again and replaced
-    store = SeriesStore.from_frames(domain, catalogue_frames(domain))
+    store = SeriesStore.from_frames(domain, raw_frames(source, domain))
     try:
         store.save(place)
     except SourceError as error:
@@ -257,15 +262,16 @@ def load_catalogue(domain: str) -> SeriesStore:
     return SeriesStore.open(place)
 
 
-def _catalogue() -> dict[str, tuple[Dataset, ...]]:
+def _table(source: str) -> dict[str, tuple[Dataset, ...]]:
     # imported here since the recipes need scipy's signal processing, which the bundled data does not
     from fedcast.data.sources import catalogue_domains
+    from fedcast.data.sources.ltsf import ltsf_domains
 
-    return catalogue_domains()
+    return catalogue_domains() if source == "catalogue" else ltsf_domains()
 
 
-def _catalogue_datasets(domain: str) -> tuple[Dataset, ...]:
-    domains = _catalogue()
+def _datasets(source: str, domain: str) -> tuple[Dataset, ...]:
+    domains = _table(source)
     _require_known([domain], sorted(domains))
     return domains[domain]
 

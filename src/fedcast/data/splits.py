@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedcast.data.store import SeriesStore
-from fedcast.errors import SplitError
+from fedcast.errors import SpecError, SplitError
+from fedcast.spec import DataSpec
 
 MIN_CONTEXT = 16
 
@@ -23,14 +24,28 @@ class Splits:
         int64 ``[n]``, in time steps from the start of the series.
     kept
         bool ``[n]``: False for series that are too short or wholly missing in their train part; no window is taken from them.
+    train_start
+        int64 ``[n]``: where the part of the train part begins that is trained on, zeros when absent; ``train_end`` where a series
+        is scored but not trained on. Scales and scores do not depend on it.
     """
 
     train_end: NDArray[np.int64]
     validation_end: NDArray[np.int64]
     kept: NDArray[np.bool_]
+    train_start: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+
+    def __post_init__(self) -> None:
+        """Train on the whole train part unless told otherwise."""
+        if not self.train_start.size:
+            object.__setattr__(self, "train_start", np.zeros_like(self.train_end))
+
+    @property
+    def trained(self) -> NDArray[np.bool_]:
+        """Which series are trained on, bool ``[n]``."""
+        return self.kept & (self.train_start < self.train_end)
 
 
-def split_by_time(store: SeriesStore, *, horizon: int, validation: float, test: float) -> Splits:
+def split_by_time(store: SeriesStore, *, horizon: int, validation: float | NDArray[np.float64], test: float) -> Splits:
     """Split every series of a store by time.
 
     Parameters
@@ -40,7 +55,7 @@ def split_by_time(store: SeriesStore, *, horizon: int, validation: float, test: 
     horizon
         Steps of a target; the validation and the test part have at least as many.
     validation, test
-        Shares of each series' length for validation and, at its end, for testing.
+        Shares of each series' length for validation (one for all, or ``[n]``) and, at its end, for testing.
 
     Returns
     -------
@@ -72,6 +87,34 @@ def split_by_time(store: SeriesStore, *, horizon: int, validation: float, test: 
         f"and a train part of {horizon + MIN_CONTEXT} must remain before {horizon} steps of validation and {horizon} of testing",
         hint=f"give series of at least {3 * horizon + MIN_CONTEXT} steps, or lower model.horizon, data.validation or data.test",
     )
+
+
+def split_store(store: SeriesStore, data: DataSpec, horizon: int) -> Splits:
+    """Split a store as a spec's ``[data]`` section asks for; see :func:`split_by_time`.
+
+    The source ``"ltsf"`` has the split of its benchmark, by which its series are standardised as well.
+
+    Of each train part only the latest ``data.share`` is trained on, and none of it where that has no room for one window
+    (``horizon + 16`` steps). Scales (mean, deviation, that of MASE) are those of the whole train part whatever the share, and a series
+    that is not trained on is scored all the same, so scores of different shares are over the same windows in the same units.
+
+    Raises
+    ------
+    SpecError
+        When a spec over ``"ltsf"`` asks for another split.
+    """
+    validation: float | NDArray[np.float64] = data.validation
+    if data.source == "ltsf":
+        if (data.validation, data.test) != (0.1, 0.2):
+            raise SpecError("the source 'ltsf' has the split of its benchmark", hint="leave out data.validation and data.test")
+        from fedcast.data.sources.ltsf import VALIDATION  # needs scipy's signal processing, which other sources do not
+
+        validation = np.array([VALIDATION.get(name, data.validation) for name in store.domain_names])[store.domain]
+    splits = split_by_time(store, horizon=horizon, validation=validation, test=data.test)
+    if data.share == 1:
+        return splits
+    used = np.rint(splits.train_end * data.share).astype(np.int64)
+    return replace(splits, train_start=splits.train_end - np.where(used >= horizon + MIN_CONTEXT, used, 0))
 
 
 def train_scale(store: SeriesStore, splits: Splits) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

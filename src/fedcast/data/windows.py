@@ -97,6 +97,7 @@ class WindowSampler:
 
     A window is valid when its target lies wholly in its part of the series and has an observed step, and when its context has at
     least 16 steps, one of them observed. Only where a part leaves no room for 16 steps of context, 8 to 15 are enough.
+    A train window, its context too, begins at ``splits.train_start`` or later: what lies before counts as missing.
     The valid places are kept as ranges of ``end``, one for each series and one more for each long gap, so that a draw is exact,
     without rejection.
 
@@ -117,7 +118,7 @@ class WindowSampler:
     n_windows
         Number of valid train windows.
     n_points
-        Number of observed values in the train parts of kept series.
+        Number of observed values in the train parts of kept series, from ``splits.train_start`` on.
     """
 
     def __init__(self, store: SeriesStore, splits: Splits, *, context: int, horizon: int, balance: Balance = "none") -> None:
@@ -131,8 +132,10 @@ class WindowSampler:
         self._contexts, self._targets = _rows(store.values, context), _rows(store.values, horizon)
         self._shortest = min(MIN_CONTEXT, context)
         runs = _missing_runs(store)
-        self.n_points = _observed(runs, np.where(splits.kept, splits.train_end, 0))
-        self._bad = _bad_ends(runs, context, horizon)
+        begin = np.minimum(splits.train_start, splits.train_end)
+        self.n_points = _observed(runs, np.where(splits.kept, splits.train_end, 0)) - _observed(runs, np.where(splits.kept, begin, 0))
+        self._bad = _bad_ends(runs, context, horizon, np.zeros_like(begin))
+        self._late = bool(begin.any())
         train = self._ranges("train")
         self.n_windows = train.total
         self._chances: NDArray[np.float64] | None = None
@@ -221,7 +224,8 @@ class WindowSampler:
     def gather(self, windows: Windows) -> Batch:
         """Read windows from the store.
 
-        Any window may be given: steps before the start of its series or after its end are missing.
+        Any window may be given: steps before the start of its series or after its end are missing, and in the context of a train
+        window those before ``splits.train_start``.
 
         Returns
         -------
@@ -230,6 +234,12 @@ class WindowSampler:
         """
         series, end = windows.series, windows.end
         context, mask = self._take(series, end - self.context, self._contexts)
+        if self._late:
+            splits = self.splits
+            # Targets of the later parts begin at train_end or later; their contexts reach back as far as ever, whatever is trained on.
+            first = np.where(end < splits.train_end[series], splits.train_start[series], 0) - (end - self.context)
+            unused = np.arange(self.context) < first[:, None]
+            context[unused], mask[unused] = 0.0, False
         target, target_mask = self._take(series, end, self._targets)
         return Batch(
             context=torch.from_numpy(context),
@@ -264,15 +274,18 @@ class WindowSampler:
         """Return the valid ends of a part, as ranges ordered by series and time."""
         splits, n = self.splits, len(self.store)
         start, stop = {
-            "train": (np.zeros(n, dtype=np.int64), splits.train_end),
+            "train": (splits.train_start, splits.train_end),
             "validation": (splits.train_end, splits.validation_end),
             "test": (splits.validation_end, self._lengths),
         }[part]
+        begin, bad = np.zeros(n, dtype=np.int64), self._bad
+        if part == "train" and self._late:
+            begin, bad = start, _bad_ends(_missing_runs(self.store), self.context, self.horizon, start)
         high = stop - self.horizon
         # a context of 8 to 15 steps only where the part has no room for 16
-        low = np.maximum(start, np.clip(high, FLOOR_CONTEXT, self._shortest))
+        low = np.maximum(start, begin + np.clip(high - begin, FLOOR_CONTEXT, self._shortest))
         kept = np.flatnonzero(splits.kept & (low <= high))
-        return _without(kept, low, high, self._bad)
+        return _without(kept, low, high, bad)
 
 
 def _rows(values: NDArray[np.float32], width: int) -> NDArray[np.float32]:
@@ -341,14 +354,14 @@ def _observed(runs: _Spans, until: _Ints) -> int:
     return int(until.sum() - (np.minimum(runs.stop, end) - np.minimum(runs.start, end)).sum())
 
 
-def _bad_ends(runs: _Spans, context: int, horizon: int) -> _Spans:
-    """Turn missing runs into spans of ends whose target, or whose context, is missing as a whole."""
-    leading = runs.start == 0
+def _bad_ends(runs: _Spans, context: int, horizon: int, begin: _Ints) -> _Spans:
+    """Turn missing runs into spans of ends whose target, or whose context from ``begin[series]`` on, is missing as a whole."""
+    leading = (runs.start <= begin[runs.series]) & (begin[runs.series] < runs.stop)
     relevant = leading | (runs.stop - runs.start >= min(context, horizon))
     series, start, stop, leading = runs.series[relevant], runs.start[relevant], runs.stop[relevant], leading[relevant]
-    # no target: end in [start, stop - H]; no context: end in [start + L, stop], and in [0, stop] for a run that opens the series
+    # no target: end in [start, stop - H]; no context: end in [start + L, stop], and in [start, stop] for a run that holds the beginning
     no_target = np.maximum(stop - horizon + 1, start)
-    no_context = np.where(leading, 0, np.minimum(start + context, stop + 1))
+    no_context = np.where(leading, start, np.minimum(start + context, stop + 1))
     first = (series, start, no_target)
     second = (series, np.maximum(no_context, no_target), stop + 1)
     both = _Spans(*(np.stack(pair, axis=1).reshape(-1) for pair in zip(first, second, strict=True)))

@@ -16,6 +16,7 @@ import torch
 
 from fedcast.errors import QuorumError, SiteError
 from fedcast.federated.checkpoint import Checkpoints, Progress
+from fedcast.federated.conflict import conflict_row
 from fedcast.federated.fleet import Fleet
 from fedcast.federated.intake import Intake
 from fedcast.federated.messages import Reply, Task
@@ -128,7 +129,7 @@ class RoundLoop:
         seconds = trained - start + time.perf_counter() - validated
         progress.seconds += time.perf_counter() - start
         row["seconds"], row["overhead_seconds"] = seconds, seconds - _critical_path(intake)
-        progress.rows = [row, *rows]
+        progress.rows = [row, *rows, *self._conflict(number)]
         self.observer.phase("checkpoint", number)
         writing = time.perf_counter()
         self.checkpoints.save(self.server, progress, before_rename=lambda: self.observer.phase("checkpoint-rename", number))
@@ -140,9 +141,10 @@ class RoundLoop:
 
     def _exports(self, number: int) -> bool:
         """Whether sites send the private part: for the shadow when the model is scored, for each site's own model at the end."""
-        wanted = number == self.server.rounds if self.method.exports() == "last" else self._validates(number)
+        when = self.method.exports()
+        wanted = number == self.server.rounds if when == "last" else self._validates(number)
         # Where only some take part, a site hands its part in whenever it trained, or it would be missing or stale at the end.
-        return (wanted or self.spec.federation.participation < 1) and self.server.layout.private_size > 0
+        return when != "never" and (wanted or self.spec.federation.participation < 1) and self.server.layout.private_size > 0
 
     def _validates(self, number: int) -> bool:
         return number % self.spec.evaluation.every == 0 or number == self.server.rounds
@@ -194,9 +196,23 @@ class RoundLoop:
             "server": dict(self.server.log),
         }
 
+    def _seen(self) -> list[str]:
+        """Return the domains that evaluate and are not held out."""
+        return [name for name, role in sorted(self.roles.items()) if role.evaluates and not role.held_out]
+
+    def _conflict(self, number: int) -> list[dict[str, Any]]:
+        """Return the row on how the domains' gradients conflict, where one is due; its seconds and bytes are no cost of the method."""
+        every = self.spec.evaluation.conflict
+        if not every or (number % every and number not in (1, self.server.rounds)):
+            return []
+        self.observer.phase("probe", number)
+        sites = self._seen()
+        answers = self.evaluate(sites, {"part": "gradient"})
+        sent = sum(Task("evaluate", number, self._model_for(site, None)).nbytes for site in sites)
+        return [conflict_row(number, answers, self.server.layout, sent)]
+
     def _validate(self, number: int, progress: Progress) -> dict[str, Any]:
-        sites = [name for name, role in sorted(self.roles.items()) if role.evaluates and not role.held_out]
-        answers = self.evaluate(sites, {"part": "validation"})
+        answers = self.evaluate(self._seen(), {"part": "validation"})
         losses = {
             site: float(reply.meta["loss"])
             for site, reply in answers.items()

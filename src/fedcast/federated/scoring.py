@@ -18,7 +18,8 @@ from fedcast.models.base import QUANTILES
 from fedcast.models.mixture import DomainMixture
 from fedcast.models.patch import PatchTransformer
 from fedcast.spec import RunSpec
-from fedcast.tasks.forecast import ForecastTask
+from fedcast.tasks.objectives import Objective
+from fedcast.tasks.reconstruct import Reconstructor, reconstruction_mse
 
 _BATCH = 256
 
@@ -29,35 +30,50 @@ class SiteScores:
     def __init__(self, site: str, store: SeriesStore, splits: Splits, sampler: WindowSampler, spec: RunSpec) -> None:
         self._site, self._store, self._splits, self._sampler, self._spec = site, store, splits, sampler, spec
         self._validation: Batch | None = None
-        self._test: EvaluationSet | None = None
+        self._test: dict[int, EvaluationSet] = {}
 
-    def loss(self, model: PatchTransformer, task: ForecastTask) -> float | None:
+    def loss(self, model: PatchTransformer, task: Objective) -> float | None:
         """Return the task's mean loss over the validation windows; ``None`` where the site has none."""
         if self._validation is None:
             windows = self._sampler.evaluation("validation", self._spec.evaluation.validation_windows)
             self._validation = self._sampler.gather(windows).to(model.device)
-        batch = self._validation
-        if not len(batch.windows):
-            return None
-        with torch.inference_mode():
-            output = model.normalised(batch.context, batch.mask, batch.target.shape[1])
-            return task.loss(output, batch).item()
+        return task.validate(model, self._validation) if len(self._validation.windows) else None
 
     def test(self, model: PatchTransformer | DomainMixture, *, baselines: bool) -> dict[str, Any]:
-        """Return test scores of a model, of the spec's baselines where asked, and forecasts for the report where the spec keeps some."""
-        spec = self._spec
-        if self._test is None:
-            self._test = evaluation_set(
-                self._store, self._splits, "test", context=spec.model.context, horizon=spec.model.horizon, limit=spec.evaluation.windows
-            )
-        test = self._test
-        point, quantiles = forecast_windows(model, test.context, test.target.shape[1])
-        answer: dict[str, Any] = {"windows": len(test.target), "scores": score(test, point, quantiles), "baselines": {}}
-        if baselines:
-            for name in spec.evaluation.baselines:
-                answer["baselines"][name] = score(test, *baseline_forecast(name, test))
-            answer["samples"] = self._samples(test, point, quantiles)
+        """Return test scores of a model, of the spec's baselines where asked, and forecasts for the report where the spec keeps some.
+
+        Returns
+        -------
+        dict
+            ``"results"``: for each horizon, horizon, number of windows, scores of the model and of each baseline; ``"samples"``.
+        """
+        horizons = self._spec.evaluation.horizons or (self._spec.model.horizon,)
+        answer: dict[str, Any] = {"results": []}
+        for horizon in horizons:
+            test = self._windows(horizon)
+            point, quantiles = forecast_windows(model, test.context, horizon)
+            scores = score(test, point, quantiles)
+            if horizon == self._spec.model.horizon and isinstance(model, Reconstructor) and len(test):
+                scores |= self._reconstruction(model, test)
+            own = {name: score(test, *baseline_forecast(name, test)) for name in self._spec.evaluation.baselines} if baselines else {}
+            answer["results"].append({"horizon": horizon, "windows": len(test), "scores": scores, "baselines": own})
+            if baselines and horizon == horizons[0]:
+                answer["samples"] = self._samples(test, point, quantiles)
         return answer
+
+    def _windows(self, horizon: int) -> EvaluationSet:
+        if horizon not in self._test:
+            spec = self._spec
+            self._test[horizon] = evaluation_set(
+                self._store, self._splits, "test", context=spec.model.context, horizon=horizon, limit=spec.evaluation.windows
+            )
+        return self._test[horizon]
+
+    def _reconstruction(self, model: Reconstructor, test: EvaluationSet) -> dict[str, float]:
+        """Return the reconstruction error of the test windows over five mask ratios, standardised as ``mse`` is."""
+        batch = self._sampler.gather(self._sampler.evaluation("test", self._spec.evaluation.windows)).to(model.device)
+        errors = reconstruction_mse(model, batch, torch.from_numpy(test.scale).to(model.device))
+        return {f"reconstruction_{name}": value for name, value in errors.items()}
 
     def _samples(self, test: EvaluationSet, point: NDArray[np.float32], quantiles: NDArray[np.float32]) -> list[dict[str, Any]]:
         count = min(self._spec.evaluation.samples, len(test.target))

@@ -17,17 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedcast.data.splits import split_by_time
+from fedcast.data.splits import split_store
 from fedcast.data.store import SeriesStore
 from fedcast.data.windows import Batch, WindowSampler
 from fedcast.errors import FedcastError, ModelError
+from fedcast.federated.conflict import GradientProbe
 from fedcast.federated.messages import Reply, Task, all_finite, screen_task
 from fedcast.federated.scoring import SiteScores
 from fedcast.federated.state import SiteStates
 from fedcast.federated.workspace import Workspace, Workspaces, build_extra
 from fedcast.methods.base import Client, Method
 from fedcast.spec import RunSpec
-from fedcast.tasks.forecast import ForecastTask
+from fedcast.tasks.objectives import build_task
 from fedcast.training.backend import Backend
 from fedcast.training.loop import learning_rate, train
 
@@ -90,10 +91,11 @@ class Site:
         self._busy = threading.Lock()
         self._newest = 0
         model, data = spec.model, spec.data
-        splits = split_by_time(store, horizon=model.horizon, validation=data.validation, test=data.test)
+        splits = split_store(store, data, model.horizon)
         self._sampler = WindowSampler(store, splits, context=model.context, horizon=model.horizon, balance=method.balance)
         self._scores = SiteScores(role.name, store, splits, self._sampler, spec)
-        self._task = ForecastTask()
+        self._probe = GradientProbe(self._sampler, spec)
+        self._task = build_task(model.objective)
         self._backend = Backend.resolve(spec.training)
 
     @property
@@ -234,6 +236,8 @@ class Site:
         workspace.load(task.tensors["shared"], private)
         if task.meta.get("part") == "validation":
             return Reply(meta={"loss": self._scores.loss(workspace.twin, self._task)})
+        if task.meta.get("part") == "gradient":
+            return Reply(self._probe.answer(workspace.twin, self._task))
         if task.meta.get("personal", False):
             workspace.twin.save_pretrained(self._folder / "model")
         experts = task.tensors.get("experts")

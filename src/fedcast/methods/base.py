@@ -21,9 +21,9 @@ from fedcast.data.windows import Batch, WindowSampler
 from fedcast.errors import SpecError, UnknownNameError
 from fedcast.models.architectures import build_model
 from fedcast.models.base import ModelConfig, Output
-from fedcast.models.patch import PatchTransformer
+from fedcast.models.patch import ARCHITECTURES, PatchTransformer
 from fedcast.spec import MethodSpec, ModelSpec
-from fedcast.tasks.forecast import ForecastTask
+from fedcast.tasks.objectives import Objective
 from fedcast.training.aggregate import Vectors, weighted_mean
 from fedcast.training.flat import FlatParameters, Layout
 
@@ -67,7 +67,7 @@ class Client:
     rounds: int
     model: PatchTransformer
     extra: nn.ModuleDict
-    task: ForecastTask
+    task: Objective
     parameters: FlatParameters
     received: Mapping[str, Tensor]
     sampler: WindowSampler
@@ -80,8 +80,14 @@ class Client:
 
     def task_loss(self, batch: Batch) -> tuple[Tensor, Output]:
         """Return the task's loss (a scalar) and the model's output for a batch."""
-        output = self.model.normalised(batch.context, batch.mask, batch.target.shape[1])
-        return self.task.loss(output, batch), output
+        return self.task.step(self.model, batch, self.generator)
+
+    def generator(self) -> torch.Generator:
+        """Return a generator for this task's tensors, on the CPU, seeded from ``rng`` when it is first asked for."""
+        if "generator" not in self.scratch:
+            self.scratch["generator"] = torch.Generator().manual_seed(int(self.rng.integers(2**62)))
+        generator: torch.Generator = self.scratch["generator"]
+        return generator
 
     def record(self, name: str, value: Tensor | float) -> None:
         """Note a scalar of this step; its mean over the steps goes into the round's row."""
@@ -210,8 +216,20 @@ class Method:
         METHODS[cls.name] = cls
 
     def model_config(self, model: ModelSpec) -> ModelConfig:
-        """Return the configuration of the model it trains, from a spec's ``[model]`` section."""
-        return replace(ModelConfig.of(model), architecture=self.architecture)
+        """Return the configuration of the model it trains, from a spec's ``[model]`` section.
+
+        A method whose paper has no model of its own trains the patch transformer, or the causal one where the objective is masked
+        reconstruction.
+
+        Raises
+        ------
+        SpecError
+            When the objective is reconstruction and the method's own model reconstructs nothing.
+        """
+        own = "causal" if self.architecture == "patch" and model.objective == "reconstruct" else self.architecture
+        if model.objective == "reconstruct" and not hasattr(ARCHITECTURES[own], "fill"):
+            raise SpecError(f"the model of method {self.name!r} reconstructs nothing", hint="leave model.objective at 'forecast'")
+        return replace(ModelConfig.of(model), architecture=own)
 
     def unseen(self) -> Unseen:
         """Return which model forecasts a domain that no site has seen.
@@ -222,10 +240,11 @@ class Method:
         """
         return "shadow"
 
-    def exports(self) -> Literal["scored", "last"]:
-        """Return after which rounds sites hand in their private weights for domains that no site has seen: all scored ones, or the last.
+    def exports(self) -> Literal["scored", "last", "never"]:
+        """Return after which rounds sites hand in their private weights for domains that no site has seen.
 
-        Before the last one such a method has no model for unseen domains, so its run keeps no best one.
+        All scored ones; the last alone, before which the method has no model for unseen domains, so that its run keeps no best one;
+        or never, where :meth:`aggregate` sets ``server.private`` from other tensors.
         """
         return "last" if self.unseen() == "each" else "scored"
 

@@ -8,7 +8,8 @@ hyper-parameters are reconstructions, and so is what each docstring names as one
 
 The correction as printed, ``s = s - beta sum(theta_i - theta_g)`` and ``theta_mean - s / beta``, does not depend on beta and has FedAvg's
 fixed point (fedal.md A.4, derived), so it removes no bias. The default is FedDyn's, which the paper cites: the same server step
-with the sum divided by the number of sites, and the site's counter-term. See ``dynamics``.
+with the sum divided by the number of sites, and the site's counter-term. See ``dynamics``. Where it converges, it does so at the optimum
+of the plain mean of the sites' losses, whatever the weights of the mean that it corrects.
 """
 
 from __future__ import annotations
@@ -85,12 +86,19 @@ class FedAl(Method):
         """Let everything travel but the site's own bias; the mean of the biases serves domains that no site has seen."""
         return name != "domain.own"
 
+    def exports(self) -> Literal["never"]:
+        """Hand in no private weights: the bias is in every reply already."""
+        return "never"
+
     def local_loss(self, client: Client, batch: Batch) -> Tensor:
-        """Return the reconstruction error of hidden patches, the quantile head's loss and the alignment of the bias."""
+        """Return the reconstruction error of hidden patches, the quantile head's loss and the alignment of the bias.
+
+        Where the bias is of patches, [N, d], its squared distance is a mean over them (reconstructed).
+        """
         model = cast(CausalTransformer, client.model)
         values, mask = whole_windows(batch, model.config.patch)
         usable = observed_patches(mask, model.config.patch)
-        hidden = patch_mask(usable, self.mask_ratio, self._generator(client))
+        hidden = patch_mask(usable, self.mask_ratio, client.generator())
         encoded = model.represent(values, mask, hidden)
         bias = self._bias(client, encoded.features.float(), usable) if self.dbe else None
         error, quantile = _TASK.loss(model.output(encoded, bias), values, mask, hidden)
@@ -140,7 +148,8 @@ class FedAl(Method):
         """Return the core-set [K, T], learnt anew every ``refresh`` rounds (reconstructed: the paper's text suggests every round).
 
         It starts from K random windows, standardised, later from what it was. Noise is added once: drawn anew each round, it would
-        average out.
+        average out. The distance of each vector to its nearest train window stays at the site, as ``coreset_nearest`` [K] in its
+        state; the smallest and the median one go into the round's row.
         """
         last = client.state.get("coreset_round")
         if last is not None and client.round - int(last) < self.refresh:
@@ -152,7 +161,7 @@ class FedAl(Method):
 
         start = client.state["coreset"] if last is not None else core.standardise(*draw())
         model = core.float_model(config, client.parameters.layout, client.parameters.vector)
-        generator = self._generator(client)
+        generator = client.generator()
         learnt, mismatch = core.match_gradients(
             model, start, draw, _TASK, ratio=self.mask_ratio, steps=self.match_steps, rate=self.match_rate, generator=generator
         )
@@ -162,13 +171,8 @@ class FedAl(Method):
         client.record("coreset_nearest_minimum", nearest.min())
         client.record("coreset_nearest_median", nearest.quantile(0.5))
         client.state["coreset"], client.state["coreset_round"] = made, torch.tensor(float(client.round))
+        client.state["coreset_nearest"] = nearest
         return made
-
-    def _generator(self, client: Client) -> torch.Generator:
-        generator: torch.Generator | None = client.scratch.get("generator")
-        if generator is None:
-            generator = client.scratch["generator"] = torch.Generator().manual_seed(int(client.rng.integers(2**62)))
-        return generator
 
     def reply_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Declare the bias ``[N, d]`` or ``[1, d]`` and the core-set ``[K, T]``, T the steps of context and horizon."""
@@ -205,7 +209,8 @@ class FedAl(Method):
 
         With D the sum of ``theta_i - theta_g`` over the replies and N the number of sites (all reconstructed): ``dyn_feddyn``
         ``s = s - beta D / N``, mean - s / beta; ``dyn_literal`` the same with ``s = rho s - ...`` and no counter-term at sites;
-        ``dyn_scaled`` ``s = rho s - beta D / |replies|``, mean - s.
+        ``dyn_scaled`` ``s = rho s - beta D / |replies|``, mean - s. After the last round ``dyn_feddyn`` leaves the mean as it is: the
+        step ``s / beta`` counts on sites that go on training against it, and as in FedDyn's own code the mean is what is scored.
         """
         if self.dynamics == "none":
             return server.shared
@@ -217,7 +222,7 @@ class FedAl(Method):
         server.tensors["s"] = s
         step = s if scaled else s / self.beta
         server.log["correction_norm"] = float(step.norm())
-        return server.shared - step
+        return server.shared if self._counters and server.round == server.rounds else server.shared - step
 
     def _tune(self, server: Server, updates: Sequence[Update]) -> None:
         """Train on the union of core-sets and fuse, ``alpha * corrected + (1 - alpha) * tuned``; seeded by the round."""
@@ -242,9 +247,12 @@ class FedAl(Method):
 
 
 def default_kernel(patches: int) -> int:
-    """Return the patches of the moving average: 25 as in Autoformer, or the largest odd number up to a quarter of the window."""
-    quarter = max(1, patches // 4)
-    return min(25, quarter if quarter % 2 else quarter - 1)
+    """Return the patches of the moving average: 25 as in Autoformer, or the largest odd number up to a quarter of the window.
+
+    But at least 3: a trend over one patch is the representation itself, and no season is left.
+    """
+    quarter = patches // 4
+    return min(25, max(3, quarter if quarter % 2 else quarter - 1))
 
 
 def decompose(features: Tensor, usable: Tensor, kernel: int) -> tuple[Tensor, Tensor]:

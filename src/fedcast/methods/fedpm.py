@@ -10,10 +10,17 @@ them); (3) no row is zero: free slots take the site's most used remaining protot
 large components stand in the order of their use; one whose members cancel out is none; (5) a site forgets the moments of the memory,
 whose rows come back in another order (the code forgets all moments); (6) the encoder starts from the same weights everywhere, as every
 method's model does here; (7) commitment and memory term are means over patches with observed points and over D. ``as_released`` brings
-back (1), (2) and (3). Left out: noise for differential privacy, other encoders and decoders.
+back (1), (2) and (3).
+
+``noise`` is the paper's noise ablation: drawn for every row, whatever a site's data are, with no bound on what one window changes and no
+(epsilon, delta) accounting, so it is no privacy guarantee. Its scale is the standard deviation of the Gaussian and the diversity b of
+the Laplace distribution; the released code gives Laplace the scale 1 / ``noise``, so that more noise is asked for and less is added.
 
 A site's own model serves its domain. For domains that no site has seen, sites hand in their private weights once, after the last round;
-the model with the smallest quantisation error on a window's context forecasts it.
+the model with the smallest quantisation error on a window's context forecasts it (the paper keeps the best test score instead, an
+oracle). Reconstructed: that error stands in units of the site's own mean error in its last round, without which one site, the one
+whose features lie closest together, forecasts nearly every window of every domain. ``serving`` has the plain error, and the mixture by
+which the other methods with personal parts are served.
 """
 
 from __future__ import annotations
@@ -60,6 +67,7 @@ class FedPM(Method):
     patch: Annotated[int, Field(ge=1)] = hyper(4, "time steps a patch, in place of the model's")
     encoder_layers: Annotated[int, Field(ge=1)] = hyper(2, "blocks of the encoder")
     decoder_layers: Annotated[int, Field(ge=1)] = hyper(4, "blocks of the decoder")
+    backbone: Literal["transformer", "cnn", "fc", "lstm", "gru"] = hyper("transformer", "what encoder and decoder are made of")
     statistics: Annotated[int, Field(ge=0)] = hyper(512, "width of the MLP that predicts mean and deviation (MuStd); 0: none")
     units: Literal["window", "data"] = hyper("window", "formulas apply to the window in its own units, or, for standardised data, as it is")
     beta: Annotated[float, Field(ge=0)] = hyper(0.25, "weight of the commitment of features to their prototypes")
@@ -69,12 +77,18 @@ class FedPM(Method):
     similarity: Literal["mean", "max"] = hyper("mean", "to all prototypes of the other sites, or the closest one in no component")
     aggregation: Literal["cosine", "fedavg", "none"] = hyper("cosine", "server step; row-wise mean and no exchange are the ablations")
     fill: Literal["personalised", "random_isolated", "none"] = hyper("personalised", "the slots beside the shared ones; the others ablate")
+    noise: Annotated[float, Field(ge=0)] = hyper(0.0, "scale of the noise added to an uploaded memory: an ablation, no privacy guarantee")
+    noise_kind: Literal["gaussian", "laplace"] = hyper("gaussian", "distribution of that noise")
+    serving: Literal["relative", "quantisation", "mixture"] = hyper(
+        "relative", "unseen domains: the site of least quantisation error over its typical one, or as it is; or a mixture of all"
+    )
     restart: bool = hyper(False, "replace prototypes that a round never used by features of its last batch (not in the paper)")
     as_released: bool = hyper(False, "as the released code: zero rows, and everybody trains on the first site's memory")
 
     def model_config(self, model: ModelSpec) -> ModelConfig:
         """Return the paper's model for a spec's context and horizon."""
-        settings = (("prototypes", self.prototypes), ("statistics", self.statistics), ("units", self.units))
+        names = ("prototypes", "statistics", "units", "backbone", "serving")
+        settings = tuple((name, getattr(self, name)) for name in names)
         return replace(
             super().model_config(model),
             d_model=self.width,
@@ -86,7 +100,7 @@ class FedPM(Method):
         )
 
     def unseen(self) -> Unseen:
-        """Serve unseen domains by the sites' models: each window by the one with the smallest quantisation error."""
+        """Serve unseen domains by the sites' models: each window by the one that :attr:`serving` names."""
         return "mixture"
 
     def exports(self) -> Literal["scored", "last"]:
@@ -119,13 +133,24 @@ class FedPM(Method):
         client.scratch["reading"] = reading
 
     def reply(self, client: Client) -> dict[str, Tensor]:
-        """Send the counts beside the memory."""
+        """Send the counts beside the memory, which may be noisy, and keep the round's mean quantisation error in the model."""
         counts: Tensor = client.scratch["counts"]
         dead = counts == 0
         client.record("dead_share", dead.float().mean())
+        parameters = client.parameters
+        parameters.layout.views(parameters.vector)["heads.typical_error"].fill_(client.records()["quantisation_error"])
+        parameters.publish()
         if self.restart:
             self._restart(client, dead)
-        return {"counts": counts.float()}
+        return {"counts": counts.float(), **self._noisy(client)}
+
+    def _noisy(self, client: Client) -> dict[str, Tensor]:
+        """Return the memory with noise in place of the one that is sent, where there is to be any."""
+        if not self.noise:
+            return {}
+        draw = client.rng.normal if self.noise_kind == "gaussian" else client.rng.laplace
+        memory = client.parameters.shared
+        return {"shared": memory + torch.from_numpy(draw(0.0, self.noise, len(memory))).to(memory)}
 
     def _restart(self, client: Client, dead: Tensor) -> None:
         """Replace dead prototypes by features of the last batch, drawn without replacement.
@@ -235,14 +260,22 @@ def align(memories: Tensor, counts: Tensor, delta: float) -> Clusters:
         The threshold.
     """
     clients, size, width = memories.shape
-    unit = F.normalize(memories, dim=-1).flatten(0, 1)
+    unit = F.normalize(memories, dim=-1).flatten(0, 1).numpy()
+    # Products in float32, several times as fast; those within its rounding of delta are computed again in float64.
+    short, margin = unit.astype(np.float32), float((width + 4) * np.finfo(np.float32).eps)
     found = np.arange(len(unit))
     # Site by site, so that the links of one site to those after it are all that is in memory.
     for start in range(0, len(unit) - size, size):
         later = start + size
-        near = (unit[start:later] @ unit[later:].T > delta).nonzero().numpy()
-        ends = found[near[:, 0] + start], found[near[:, 1] + later]
-        graph = coo_matrix((np.ones(len(near), dtype=bool), ends), shape=(len(unit), len(unit)))
+        cosines = short[start:later] @ short[later:].T
+        near = np.flatnonzero(cosines > delta - margin)
+        rows, columns = near // cosines.shape[1] + start, near % cosines.shape[1] + later
+        doubtful = np.flatnonzero(cosines.ravel()[near] <= delta + margin)
+        exact = np.einsum("nd,nd->n", unit[rows[doubtful]], unit[columns[doubtful]])
+        keep = np.ones(len(near), dtype=bool)
+        keep[doubtful] = exact > delta
+        ends = found[rows[keep]], found[columns[keep]]
+        graph = coo_matrix((np.ones(len(ends[0]), dtype=bool), ends), shape=(len(unit), len(unit)))
         found = connected_components(graph, directed=False)[1][found]
     names, found = np.unique(found, return_inverse=True)
     count, labels = len(names), torch.from_numpy(found.astype(np.int64))

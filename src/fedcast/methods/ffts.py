@@ -2,7 +2,8 @@
 
 Found in the paper's released code (ffts.md B2 to B4): an encoder with an adaptive trend-awareness module (ATM), geometric masks, the
 squared error at masked points, a pull of the ATM to the server's copy, and a moving average of the ATM at the server. Its defects are
-not copied (B7): masked points enter the model masked, the gate picks among experts, lambda counts once.
+not copied (B7): masked points enter the model masked, the gate picks among experts, lambda counts once. The server's copy of the ATM is
+sent as part of the weights, not a second time beside them: it has overwritten their ATM.
 
 Reconstructed: how the pretrained model forecasts. The horizon is one more masked stretch of the window
 (:mod:`fedcast.models.architectures.trend`), and a step trains both: ``L = rho L_rec + phi L_task + lambda L_atm``. ``L_rec`` is the mean
@@ -30,10 +31,12 @@ from fedcast.methods.base import Client, Method, Server, Update, hyper
 from fedcast.models.architectures.trend import TrendTransformer
 from fedcast.models.base import ModelConfig
 from fedcast.spec import ModelSpec
+from fedcast.tasks.forecast import ForecastTask
 from fedcast.tasks.reconstruct import whole_windows
 from fedcast.training.flat import Layout
 
 _LIMIT = 10.0
+_TASK = ForecastTask()
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class FFTS(Method):
         model = cast(TrendTransformer, client.model)
         loss = torch.zeros((), device=batch.context.device)
         if self.forecasting > 0:
-            forecast, _ = client.task_loss(batch)
+            forecast, _ = _TASK.step(model, batch, client.generator)
             client.record("task_loss", forecast)
             loss = loss + self.forecasting * forecast
         if self.reconstruction > 0 and self.mask_ratio > 0:

@@ -53,8 +53,11 @@ def make_labeller(kind: LabelKind, sampler: WindowSampler, clusters: int, seed: 
     if chosen == "dataset":
         return lambda batch: batch.dataset
     if chosen == "segment":
-        ends = np.maximum(sampler.splits.train_end, 1)
-        return lambda batch: torch.from_numpy(np.minimum(batch.windows.end * clusters // ends[batch.windows.series], clusters - 1))
+        first = sampler.splits.train_start
+        used = np.maximum(sampler.splits.train_end - first, 1)
+        return lambda batch: torch.from_numpy(
+            np.minimum((batch.windows.end - first[batch.windows.series]) * clusters // used[batch.windows.series], clusters - 1)
+        )
     if chosen == "random":
         return lambda batch: torch.from_numpy(_hash(batch.windows.series, batch.windows.end) % clusters)
     return _KMeansLabeller(sampler, clusters, seed)

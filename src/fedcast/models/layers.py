@@ -84,6 +84,15 @@ def rotary_table(length: int, width: int, dtype: torch.dtype, device: torch.devi
         return torch.cat((cosines, cosines), -1).to(device, dtype), torch.cat((-sines, sines), -1).to(device, dtype)
 
 
+@lru_cache(maxsize=64)
+def sinusoids(count: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return fixed positions [count, width]: sines at even places, cosines at odd ones (Vaswani et al., arXiv 1706.03762)."""
+    with torch.inference_mode(False), torch.no_grad():
+        rates = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+        angles = torch.arange(count, dtype=torch.float64)[:, None] * rates
+        return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1).to(device, dtype)
+
+
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Turn ``x`` [..., h, N, e] by a :func:`rotary_table`, or by one table a row of the batch, [B, 1, N, e] each."""
     cosines, sines = table

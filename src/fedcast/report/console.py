@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import pandas as pd
 from rich import box
 from rich.console import Console
@@ -17,24 +18,33 @@ from fedcast.errors import FrameProblem
 from fedcast.report.tables import (
     BASELINES,
     NAIVE,
+    PARTS,
     ScoreTable,
+    fit_cells,
     format_bytes,
     format_score,
     format_seconds,
     is_number,
+    metric_of,
     own_models,
     pretty_name,
     score_table,
+    value_cells,
 )
+
+if TYPE_CHECKING:
+    from fedcast.run.scaling import Scaling
 
 WIDTH: Final = 100
 _BEST: Final = "*"
 _NUMBER_WIDTH: Final = 9
+_NAMED: Final = 8
 _PHASES: Final = {
     "select": "choosing sites",
     "client": "training",
     "aggregate": "combining",
     "evaluate": "validating",
+    "probe": "comparing gradients",
     "checkpoint": "saving",
     "checkpoint-rename": "saving",
     "log": "saving",
@@ -182,11 +192,33 @@ def results_table(results: pd.DataFrame, metric: str = "mse", *, width: int = WI
     if len(order) > 1:
         means = "; means are geometric" if first.metric.relative else ""
         table.caption = f"{_BEST} best of its {'column' if need <= width else 'row'}{means}{_shared_note(parts)}"
+    if note := _exposure_note(results):
+        table.caption = f"{table.caption}\n{note}" if table.caption else note
     if need <= width:
         _models_as_rows(table, parts, order)
     else:
         _domains_as_rows(table, parts, order)
     return table
+
+
+def scaling_tables(scaling: Scaling) -> list[Table]:
+    """Show what runs that differ in one number scored, and the curve that fits them."""
+    metric = metric_of(scaling.metric).label
+    title = f"{pretty_name(scaling.method)}: {metric} relative to seasonal naive, geometric mean over domains, below 1 is better"
+    columns, rows = value_cells(scaling.points, scaling.over, scaling.axis)
+    fits = [[PARTS[held_out], *fit_cells(fit)] for held_out, fit in sorted(scaling.fits.items(), reverse=True)]
+    curve = f"E = E_inf + a x^-p, x = {scaling.axis}; 95 % intervals from a bootstrap over the residuals"
+    parts = ((title, columns, rows, ""), (curve, ["domains", "E_inf", "a", "p", "R²", "points"], fits, "\n".join(scaling.notes)))
+    tables = []
+    for words, names, cells, caption in parts:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=Text(words), title_justify="left", title_style="bold")
+        for i, name in enumerate(names):
+            table.add_column(name, justify="right" if i else "left")
+        for row in cells:
+            table.add_row(*row)
+        table.caption, table.caption_justify, table.caption_style = Text(caption) if caption else None, "left", ""
+        tables.append(table)
+    return tables
 
 
 def problems_table(problems: Sequence[FrameProblem], source: str) -> Table:
@@ -276,6 +308,15 @@ def _row_of(part: ScoreTable, model: str) -> list[Text]:
 def _score(value: float, part: ScoreTable, best: bool) -> Text:
     text = format_score(value, part)
     return Text(f"{text}{_BEST}", style="bold") if best else Text(f"{text} ")
+
+
+def _exposure_note(results: pd.DataFrame) -> str:
+    """Name the domains whose recordings the model was trained on, where that is not said by their being training domains."""
+    if "exposure" not in results.columns:
+        return ""
+    training = results["held_out"].eq(False) if "held_out" in results.columns else False
+    names = list(dict.fromkeys(results.loc[results["exposure"].eq("seen") & ~np.asarray(training, dtype=bool), "domain"]))
+    return f"trained on recordings of {', '.join(names[:_NAMED])}{' and others' if len(names) > _NAMED else ''}" if names else ""
 
 
 def _shared_note(parts: Sequence[tuple[str, ScoreTable]]) -> str:

@@ -92,7 +92,7 @@ def site_lines(
     height
         Height in pixels.
     """
-    figure = _figure(height=height)
+    figure = blank(height=height)
     spread = "%{y:.1%}" if percent else "%{y:.4g}"
     for name, points in series.items():
         style = styles[name]
@@ -152,7 +152,7 @@ def weights_against_share(weights: Mapping[str, float], samples: Mapping[str, fl
     """Draw each site's last aggregation weight beside its share of the samples, largest weight on top."""
     total = sum(samples.values())
     names = sorted(weights, key=lambda name: weights[name])
-    figure = _figure(height=max(220, 60 + 24 * len(names)), left=8)
+    figure = blank(height=max(220, 60 + 24 * len(names)), left=8)
     shown = [label(name) for name in names]
     if total > 0 and set(samples) == set(weights):
         shares = [samples[name] / total for name in names]
@@ -197,7 +197,7 @@ def heatmap(matrix: Sequence[Sequence[float]], names: Sequence[str]) -> go.Figur
     off = ordered[~np.eye(size, dtype=bool)]
     low = float(np.nanmin(off)) if off.size and np.isfinite(off).any() else 0.0
     shown = [label(names[i], 16) for i in order]
-    figure = _figure(height=min(400, 140 + 40 * size), left=8, bottom=8)
+    figure = blank(height=min(400, 140 + 40 * size), left=8, bottom=8)
     figure.add_heatmap(
         z=[[_clean(v) for v in row] for row in ordered],
         x=list(range(size)),
@@ -253,7 +253,7 @@ def fan(sample: Mapping[str, Any], style: Style) -> go.Figure:
     steps = max(len(truth), len(sample.get("point") or ()))
     context = [_clean(v) for v in sample.get("context") or ()][-max(3 * steps, 48) :]
     ahead = list(range(1, steps + 1))
-    figure = _figure(height=230, left=8, bottom=28)
+    figure = blank(height=230, left=8, bottom=28)
     _band(figure, ahead, sample.get("quantiles") or {}, style)
     naive = [_clean(v) for v in sample.get("seasonal_naive") or ()]
     if naive:
@@ -300,7 +300,7 @@ def relative_dots(results: pd.DataFrame, metric: Metric) -> go.Figure | None:
     if not tables or sum(len(table.domains) for table in tables) > _MOST_DOTS:
         return None
     own = own_models(results)[:1]
-    figure = _figure(height=300, left=8)
+    figure = blank(height=300, left=8)
     ticks: dict[int, str] = {}
     row = 0
     for table in tables:
@@ -347,7 +347,7 @@ def stacked_bars(rounds: Sequence[int], parts: Mapping[str, Sequence[float]], *,
     as_bytes
         Whether the values are bytes, to be scaled to a readable unit.
     """
-    figure = _figure(height=260)
+    figure = blank(height=260)
     largest = max((sum(column) for column in zip(*parts.values(), strict=True)), default=0.0)
     power = min(int(math.log10(largest) // 3), 4) if as_bytes and largest >= 1 else 0
     scale, title = (1000.0**power, ("B", "kB", "MB", "GB", "TB")[power]) if as_bytes else (1.0, unit)
@@ -393,7 +393,8 @@ def template() -> dict[str, Any]:
     return document
 
 
-def _figure(*, height: int, left: int = 52, bottom: int = 40) -> go.Figure:
+def blank(*, height: int, left: int = 52, bottom: int = 40) -> go.Figure:
+    """Return an empty figure of so many pixels, which the page's template styles."""
     margin = {"l": left, "r": 12, "t": 10, "b": bottom, "pad": 4}
     return go.Figure(layout={"template": {"data": {}}, "height": height, "margin": margin})
 

@@ -17,8 +17,8 @@ from jinja2 import Environment, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from fedcast.errors import SourceError
-from fedcast.report import figures
-from fedcast.report.record import Row, RunRecord, by_site, read_record, similarity_of, sites_of
+from fedcast.report import conflict, figures
+from fedcast.report.record import Row, RunRecord, by_site, conflict_of, read_record, similarity_of, sites_of
 from fedcast.report.tables import (
     METRICS,
     ScoreTable,
@@ -74,7 +74,17 @@ def write_report(run_folder: str | Path, output: str | Path | None = None) -> Pa
     """
     folder = Path(run_folder)
     target = Path(output) if output is not None else folder / "report.html"
-    page = render(read_record(folder))
+    return write_page(render(read_record(folder)), target)
+
+
+def write_page(page: str, target: Path) -> Path:
+    """Write a page aside and rename it; return the file.
+
+    Raises
+    ------
+    SourceError
+        When it cannot be written.
+    """
     aside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -90,12 +100,31 @@ def write_report(run_folder: str | Path, output: str | Path | None = None) -> Pa
 def render(record: RunRecord) -> str:
     """Return the page as text."""
     composer = _Composer(record)
-    context = composer.context()
+    return render_page(composer.context(), composer.drawn)
+
+
+def render_page(context: Mapping[str, Any], drawn: Mapping[str, Mapping[str, Any]]) -> str:
+    """Fill the template.
+
+    Parameters
+    ----------
+    context
+        What ``template.html`` names: ``title``, ``lede``, ``facts``, ``verdicts``, ``sections``, ``chips``, ``spec_text``, ``visible``.
+    drawn
+        The figures by name and view; see :func:`document_of`.
+    """
     template = resources.files("fedcast.report").joinpath("template.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(template).render(
-        **context, figures_json=_script_json({"template": figures.template(), "figures": composer.drawn}), plotly_js=get_plotlyjs()
+        **context, figures_json=_script_json({"template": figures.template(), "figures": drawn}), plotly_js=get_plotlyjs()
     )
+
+
+def document_of(figure: go.Figure) -> dict[str, Any]:
+    """Return a figure as the page carries it: JSON-ready, without the template that the page lays under every figure."""
+    document: dict[str, Any] = json.loads(str(figure.to_json()))
+    del document["layout"]["template"]
+    return document
 
 
 class _Composer:
@@ -118,6 +147,7 @@ class _Composer:
             "forecasts": self._forecasts(),
             "loss": self._loss(),
             "similarity": self._similarity(),
+            "conflict": self._conflict(),
             "weights": self._weights(),
             "measures": self._measures(),
             "costs": self._costs(),
@@ -134,13 +164,10 @@ class _Composer:
         }
 
     def _chip(self, name: str, position: int) -> dict[str, Any]:
-        style = self.styles[name]
-        dash = "" if style.dash == "solid" else style.dash.replace("px", "")
-        return {"name": name, "hue": style.hue, "dash": dash, "shown": position < figures.VISIBLE}
+        return _key(name, self.styles[name]) | {"shown": position < figures.VISIBLE}
 
     def _draw(self, name: str, figure: go.Figure, view: str = "only") -> dict[str, Any]:
-        document = json.loads(str(figure.to_json()))
-        del document["layout"]["template"]  # the page lays the shared one under every figure
+        document = document_of(figure)
         self.drawn.setdefault(name, {})[view] = document
         return {"figure": name, "view": view, "height": document["layout"].get("height", 300)}
 
@@ -200,6 +227,17 @@ class _Composer:
             lines = figures.site_lines(series, self.styles, unit="mean cosine to the other sites", height=400)
             drawn.append({"title": "Closeness to the other sites"} | self._draw("closeness", lines))
         return {"figures": drawn}
+
+    def _conflict(self) -> dict[str, Any] | None:
+        rows = [row for row in self.record.conflicts if conflict_of(row) is not None]
+        if not rows:
+            return None
+        heat = conflict.conflict_map(*(conflict_of(rows[-1]) or ([], [])))
+        drawn = [
+            {"title": "Over the rounds"} | self._draw("conflict", conflict.conflict_lines(rows)),
+            {"title": f"Cosine of gradients, round {rows[-1]['round']}"} | self._draw("conflict-map", heat),
+        ]
+        return {"figures": drawn, "lines": [_key(name, style) for name, style in conflict.LINES.values()]}
 
     def _weights(self) -> dict[str, Any] | None:
         weights = by_site(self.record.rounds, "weight")
@@ -261,6 +299,11 @@ class _Composer:
                 {"title": "Seconds a round", "parts": list(parts)} | self._draw("seconds", figures.stacked_bars(rounds, parts, unit="s"))
             )
         return {"figures": drawn} if drawn else None
+
+
+def _key(name: str, style: figures.Style) -> dict[str, Any]:
+    """A line's entry in a legend."""
+    return {"name": name, "hue": style.hue, "dash": "" if style.dash == "solid" else style.dash.replace("px", "")}
 
 
 def _table_view(table: ScoreTable, lead: Sequence[str]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class RunRecord:
         The spec as a dict; empty where it is missing or unreadable.
     spec_text
         The spec as it stands in the folder.
-    rounds, validations
+    rounds, validations, conflicts
         Rows of these kinds, one a round, ascending; of a round that was repeated after a resume, the last.
     results
         All result rows.
@@ -43,6 +43,7 @@ class RunRecord:
     spec_text: str
     rounds: Sequence[Row]
     validations: Sequence[Row]
+    conflicts: Sequence[Row]
     results: pd.DataFrame
     samples: Sequence[Row]
 
@@ -75,6 +76,7 @@ def read_record(folder: Path) -> RunRecord:
         spec_text=spec_text.strip(),
         rounds=_last_of_each_round(rows, "round"),
         validations=_last_of_each_round(rows, "validation"),
+        conflicts=_last_of_each_round(rows, "conflict"),
         results=results,
         samples=_read_samples(folder / "samples.json"),
     )
@@ -133,7 +135,16 @@ def by_site(rows: Sequence[Row], key: str) -> dict[str, list[tuple[int, float]]]
 def similarity_of(row: Row) -> tuple[list[list[float]], list[str]] | None:
     """Return the cosine matrix [sites, sites] of a round row and the sites' names, or ``None`` where it has none."""
     server = row.get("server")
-    matrix, names = (server.get("similarity"), server.get("sites")) if isinstance(server, dict) else (None, None)
+    return _square(server.get("similarity"), server.get("sites")) if isinstance(server, dict) else None
+
+
+def conflict_of(row: Row) -> tuple[list[list[float]], list[str]] | None:
+    """Return the cosine matrix [domains, domains] of a conflict row and the domains' names, or ``None`` where it has no pair."""
+    found = _square(row.get("cosines"), row.get("sites"))
+    return found if found is not None and len(found[1]) > 1 else None
+
+
+def _square(matrix: object, names: object) -> tuple[list[list[float]], list[str]] | None:
     if not isinstance(matrix, list) or not isinstance(names, list) or not names or any(len(line) != len(names) for line in matrix):
         return None
     cleaned = [[float(v) if is_number(v) else math.nan for v in line] for line in matrix]

@@ -6,15 +6,19 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, TypeGuard
+from typing import TYPE_CHECKING, Final, TypeGuard
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    from fedcast.run.scaling import Fit
+
 NAIVE: Final = "seasonal_naive"
 BASELINES: Final = (NAIVE, "auto_ets", "auto_theta")
 NOMINAL_COVERAGE: Final = 0.8
+PARTS: Final = {True: "held-out", False: "in-domain"}
 
 _TRAINED_NAMES: Final = {
     "central": "Central",
@@ -207,6 +211,43 @@ def format_score(value: float, table: ScoreTable) -> str:
     if table.relative and abs(value) < 100:
         return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
     return f"{value:.3g}"
+
+
+def value_cells(points: pd.DataFrame, over: str, axis: str) -> tuple[list[str], list[list[str]]]:
+    """Return the columns and rows of a scaling table: a row a value of the key, mean and deviation over seeds of each part.
+
+    Parameters
+    ----------
+    points
+        As in :class:`fedcast.run.scaling.Scaling`.
+    over, axis
+        The key, and what ``x`` is where it is something else.
+    """
+    parts = {held_out: name for held_out, name in PARTS.items() if (points["held_out"] == held_out).any()}
+    columns = [over, *([axis] if axis != over else []), "seeds", "gradient steps", *parts.values()]
+    rows = []
+    for value, group in points.groupby("value"):
+        cells = [f"{value:g}", *([f"{group['x'].mean():,.0f}"] if axis != over else []), str(group["seed"].nunique())]
+        steps = sorted(set(group["gradient_steps"]))
+        cells.append(f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}")
+        for held_out in parts:
+            scores = group.loc[group["held_out"] == held_out, "score"]
+            spread = f" ± {scores.std(ddof=1):.3f}" if len(scores) > 1 else ""
+            cells.append(f"{scores.mean():.3f}{spread}" if len(scores) else "–")
+        rows.append(cells)
+    return columns, rows
+
+
+def fit_cells(fit: Fit | None) -> list[str]:
+    """Return ``E_inf``, ``a``, ``p`` with their intervals, ``R²`` and the number of points of a scaling curve as texts."""
+    if fit is None:
+        return ["too few points", "–", "–", "–", "–"]
+    cells = []
+    for name in ("e_inf", "a", "p"):
+        value, interval = getattr(fit, name), fit.intervals[name]
+        known = f"{interval[0]:.3g} to {interval[1]:.3g}" if interval is not None else "not identified"
+        cells.append(f"{value:.3g} ({known})" if math.isfinite(value) else f"– ({known})")
+    return [*cells, f"{fit.r2:.3f}" if math.isfinite(fit.r2) else "–", str(fit.points)]
 
 
 def format_bytes(count: float) -> str:

@@ -46,13 +46,17 @@ def compare(runs: Sequence[str | Path]) -> pd.DataFrame:
     if not frames:
         raise RunError("no run to compare", hint="name one or more run folders")
     rows = pd.concat(frames, ignore_index=True)
-    for column in ("data_fingerprint", "horizon", "context"):
+    for column in ("data_fingerprint", "context"):
         if rows[column].nunique() > 1:
             raise RunError(f"the runs differ in {column}", hint="compare runs over the same data and horizon")
+    if len({tuple(sorted(set(frame["horizon"]))) for frame in frames}) > 1:
+        raise RunError("the runs differ in horizon", hint="compare runs over the same data and horizon")
     for column in ("held_out", "windows"):
-        differs = rows.groupby("domain")[column].nunique() > 1
+        differs = rows.groupby(["domain", "horizon"])[column].nunique() > 1
         if differs.any():
-            raise RunError(f"the runs differ in {column} of domain {differs.idxmax()!r}", hint="compare runs that were scored alike")
+            raise RunError(
+                f"the runs differ in {column} of domain {differs[differs].index[0][0]!r}", hint="compare runs that were scored alike"
+            )
     trained = rows["model"] == rows["method"]
     settings = rows[trained].groupby("model")["settings"].nunique()
     ambiguous = trained & rows["model"].isin(settings[settings > 1].index)
@@ -60,7 +64,7 @@ def compare(runs: Sequence[str | Path]) -> pd.DataFrame:
     if len(shares) > 1:
         raise RunError("the runs split their series differently", hint="compare runs with the same data.validation and data.test")
     # The same baseline on the same windows: one score, whichever run it came from.
-    return rows[trained | ~rows.duplicated(["model", "domain", "seed"])].drop(columns="settings").reset_index(drop=True)
+    return rows[trained | ~rows.duplicated(["model", "domain", "horizon", "seed"])].drop(columns="settings").reset_index(drop=True)
 
 
 def _settings(spec: RunSpec) -> str:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+import pandas as pd
 
-from fedcast.data.splits import split_by_time
+from fedcast.data.splits import split_store
 from fedcast.data.windows import WindowSampler
 from fedcast.errors import RunError
+from fedcast.federated.conflict import cosines_of, encoder_gradient, probe_batch
 from fedcast.models.forecaster import load_model
 from fedcast.models.mixture import DomainMixture
 from fedcast.run.folder import RunFolder
 from fedcast.run.prepare import load_training
-from fedcast.tasks.forecast import ForecastTask
-
-_PROBES = 64
+from fedcast.tasks.objectives import build_task
 
 
 def gradient_conflict(folder: RunFolder) -> tuple[float, float]:
@@ -21,25 +20,37 @@ def gradient_conflict(folder: RunFolder) -> tuple[float, float]:
 
     The gradients are those of the task's loss at the final model, on the same 64 validation windows a domain for every run
     (fedtrl.md A7, motivation figure). Where decoders are personal, each domain's gradient is taken through its own.
+
+    Raises
+    ------
+    RunError
+        When a domain has no model of its own, or there are fewer than two domains.
     """
     spec = folder.spec()
     if spec.data.partition != "domain":
         raise RunError("domains' gradients need one site a domain", hint="choose a run with data.partition = 'domain'")
-    task = ForecastTask()
+    task = build_task(spec.model.objective)
     gradients = []
     for name, store in sorted(load_training(spec.data).items()):
-        splits = split_by_time(store, horizon=spec.model.horizon, validation=spec.data.validation, test=spec.data.test)
+        splits = split_store(store, spec.data, spec.model.horizon)
         sampler = WindowSampler(store, splits, context=spec.model.context, horizon=spec.model.horizon)
-        batch = sampler.gather(sampler.evaluation("validation", _PROBES))
         own = folder.sites / name / "model"
         model = load_model(own if own.is_dir() else folder.final)
         if isinstance(model, DomainMixture):
             raise RunError(f"site {name} has no model of its own", hint="finish the run, and keep data.partition = 'domain'")
-        encoder = [parameter for key, parameter in model.named_parameters() if key.startswith("encoder.")]
-        loss = task.loss(model.normalised(batch.context, batch.mask, spec.model.horizon), batch)
-        pieces = torch.autograd.grad(loss, encoder)
-        gradients.append(torch.cat([piece.reshape(-1) for piece in pieces]))
-    unit = torch.nn.functional.normalize(torch.stack(gradients), dim=1)  # [K, n]
-    rows, columns = torch.triu_indices(len(unit), len(unit), offset=1)
-    cosines = (unit @ unit.T)[rows, columns]
-    return float((cosines < 0).float().mean()), float(cosines.mean())
+        gradients.append(encoder_gradient(model, task, probe_batch(sampler)))
+    _, mean, negative = cosines_of(gradients)
+    if mean is None or negative is None:
+        raise RunError(f"{folder.path} trained on one domain only", hint="choose a run over two domains or more")
+    return negative, mean
+
+
+def conflict_rows(folder: RunFolder) -> pd.DataFrame:
+    """Return how the domains' gradients conflicted while a run trained, as it was logged; see ``evaluation.conflict``.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row a report: ``round``, ``mean`` cosine over pairs of domains, and share of ``negative`` ones. Empty where the run kept none.
+    """
+    return pd.DataFrame(folder.rows("conflict"), columns=["round", "mean", "negative"])

@@ -12,6 +12,7 @@ import pandas as pd
 
 from fedcast.data.catalogue import load_domains, split_domains
 from fedcast.data.frames import read_frame
+from fedcast.data.leakage import WITHOUT_TRAINING, Exposure, exposures
 from fedcast.data.splits import split_by_time
 from fedcast.data.store import SeriesStore
 from fedcast.errors import ModelError, UnknownNameError
@@ -60,7 +61,8 @@ def evaluate(
     -------
     pandas.DataFrame
         Result rows, one a model and domain; ``held_out`` says whether the run of the model never trained on the domain, and is
-        ``None`` where that cannot be known.
+        ``None`` where that cannot be known. ``exposure`` says whether it trained on the domain's recordings, under whatever name:
+        ``"seen"``, ``"unseen"`` or ``"unknown"``, see :mod:`fedcast.data.leakage`.
 
     Raises
     ------
@@ -74,10 +76,19 @@ def evaluate(
     spec = RunFolder(model).spec() if (Path(model) / "spec.toml").is_file() else None
     origin = _Origin.of(spec, str(data))
     stores = _load(str(data), domains, {"time": time, "id": id, "target": target, "freq": freq})
+    exposed = _exposures(spec, Path(data), list(stores))
     rows = []
     for domain, store in sorted(stores.items()):
-        rows += _score_domain(forecaster, domain, store, steps, windows, baselines, origin)
+        for row in _score_domain(forecaster, domain, store, steps, windows, baselines, origin):
+            rows.append({**row, "exposure": WITHOUT_TRAINING if row["model"] in baselines else exposed[domain]})
     return pd.DataFrame(rows)
+
+
+def _exposures(spec: RunSpec | None, data: Path, domains: Sequence[str]) -> dict[str, Exposure]:
+    """Return of each domain whether the run of a spec trained on its recordings; a file is a domain of the folder it lies in."""
+    if spec is None:
+        return dict.fromkeys(domains, "unknown")
+    return exposures(spec.data, data.parent if data.is_file() else str(data), domains)
 
 
 def _load(data: str, domains: Sequence[str], columns: Mapping[str, str | None]) -> dict[str, SeriesStore]:

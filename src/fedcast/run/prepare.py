@@ -11,10 +11,11 @@ import numpy as np
 
 from fedcast.data.catalogue import load_domains, split_domains
 from fedcast.data.partition import partition
-from fedcast.data.splits import split_by_time
+from fedcast.data.splits import MIN_CONTEXT, split_store
 from fedcast.data.store import SeriesStore
 from fedcast.data.windows import WindowSampler
 from fedcast.errors import SpecError, SplitError
+from fedcast.federated.conflict import check_reportable
 from fedcast.federated.fleet import Fleet, ThreadFleet
 from fedcast.federated.site import Site, SiteRole
 from fedcast.federated.workers import ProcessFleet
@@ -36,7 +37,7 @@ class Prepared:
     samples
         Training points of each site that trains: what the screen lets it claim at most.
     left_out
-        How many series of a site are too short to be split, where any are.
+        How many series of a site are too short to be split, or to be trained on at the site's share of them, where any are.
     fingerprint
         SHA-256 over the data of all sites.
     """
@@ -54,9 +55,11 @@ def prepare(spec: RunSpec, method: Method) -> Prepared:
     Raises
     ------
     SpecError
-        When no domain is left to train on, or one is both trained on and held out.
+        When no domain is left to train on, one is both trained on and held out, or gradients are to be compared and cannot be.
     UnknownNameError
         When the source has no domain of that name.
+    SplitError
+        When a site has no series to train on.
     """
     training, held_out = split_domains(spec.data)
     loaded = load_domains(spec.data, [*training, *held_out])
@@ -90,8 +93,16 @@ def prepare(spec: RunSpec, method: Method) -> Prepared:
     stores |= {name: loaded[name] for name in others if name != POOL}
     # Every site is looked at before anything trains: a domain that is too short must not fail at the end of a long run.
     samplers = {name: _sampler(name, stores[name], spec) for name in roles}
+    if spec.evaluation.conflict:
+        trains = {name: role.trains for name, role in roles.items() if role.evaluates and not role.held_out}
+        check_reportable(spec, method, trains, samplers)
     samples = {name: samplers[name].n_points for name, role in roles.items() if role.trains}
-    left_out = {name: int((~sampler.splits.kept).sum()) for name, sampler in samplers.items()}
+    trainers = {name for name, role in roles.items() if role.trains or name == POOL}
+    if data.share < 1:
+        for name in sorted(trainers):
+            _check_used(name, samplers[name], spec)
+    parts = {name: sampler.splits.trained if name in trainers else sampler.splits.kept for name, sampler in samplers.items()}
+    left_out = {name: int((~part).sum()) for name, part in parts.items()}
     hasher = hashlib.sha256()
     for name in sorted({*training, *held_out}):
         hasher.update(f"{name}:{loaded[name].fingerprint}\n".encode())
@@ -106,10 +117,20 @@ def load_training(data: DataSpec) -> dict[str, SeriesStore]:
 
 def _sampler(site: str, store: SeriesStore, spec: RunSpec) -> WindowSampler:
     try:
-        splits = split_by_time(store, horizon=spec.model.horizon, validation=spec.data.validation, test=spec.data.test)
+        splits = split_store(store, spec.data, spec.model.horizon)
     except SplitError as error:
         raise SplitError(f"site {site}: {error.message}", hint=error.hint) from error
     return WindowSampler(store, splits, context=spec.model.context, horizon=spec.model.horizon)
+
+
+def _check_used(site: str, sampler: WindowSampler, spec: RunSpec) -> None:
+    if not sampler.n_windows:
+        splits = sampler.splits
+        raise SplitError(
+            f"site {site}: no series has a window to train on in the latest {spec.data.share:g} of its train part "
+            f"(the longest train part has {int(splits.train_end[splits.kept].max())} steps, a window {spec.model.horizon + MIN_CONTEXT})",
+            hint="raise data.share, lower model.horizon, or leave that domain out of data.domains",
+        )
 
 
 def start_fleet(spec: RunSpec, method: Method, prepared: Prepared, folder: RunFolder) -> Fleet:

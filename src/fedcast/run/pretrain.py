@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import fedcast.methods  # noqa: F401 - registers the methods
+from fedcast.data.leakage import WITHOUT_TRAINING, exposures
 from fedcast.federated.checkpoint import Checkpoints, Progress, digest
 from fedcast.federated.messages import Reply
 from fedcast.federated.rounds import Observer, RoundLoop, Silent
@@ -52,7 +53,7 @@ class Run:
         return RunFolder(self.folder).best
 
     def rows(self, kind: str | None = None) -> list[dict[str, Any]]:
-        """Return the logged rows, all or of one kind (``round``, ``validation``, ``result``)."""
+        """Return the logged rows, all or of one kind (``round``, ``validation``, ``conflict``, ``result``)."""
         return RunFolder(self.folder).rows(kind)
 
     def results(self) -> pd.DataFrame:
@@ -182,8 +183,9 @@ class _Pretraining:
             answers |= loop.evaluate(unseen, {"part": "test", "baselines": True})
         rows, samples = [], []
         shared = self._row_of_run(progress)
+        exposed = exposures(self._spec.data, self._spec.data.source, answers)
         for site, reply in answers.items():
-            rows += self._result_rows(roles[site], reply, shared)
+            rows += self._result_rows(roles[site], reply, {**shared, "exposure": exposed[site]})
             samples += [{**sample, "held_out": roles[site].held_out} for sample in reply.meta["samples"]]
         for row in rows:
             self._folder.append(row)
@@ -198,9 +200,12 @@ class _Pretraining:
         answers = [loop.evaluate(sites, {"part": "test", "baselines": i == 0}, expert=name) for i, name in enumerate(experts)]
         mean: dict[str, Reply] = {}
         for site in sites:
-            scores = [answer[site].meta["scores"] for answer in answers]
-            average = {name: sum(float(score[name]) for score in scores) / len(scores) for name in scores[0]}
-            mean[site] = Reply(meta={**answers[0][site].meta, "scores": average})
+            results = []
+            for number, first in enumerate(answers[0][site].meta["results"]):
+                scores = [answer[site].meta["results"][number]["scores"] for answer in answers]
+                average = {name: sum(float(score[name]) for score in scores) / len(scores) for name in scores[0]}
+                results.append({**first, "scores": average})
+            mean[site] = Reply(meta={**answers[0][site].meta, "results": results})
         return mean
 
     def _row_of_run(self, progress: Progress) -> dict[str, Any]:
@@ -211,7 +216,7 @@ class _Pretraining:
             "kind": "result",
             "part": "test",
             "task": "forecast",
-            "horizon": spec.model.horizon,
+            "objective": spec.model.objective,
             "context": spec.model.context,
             "size": spec.model.size,
             "seed": spec.seed,
@@ -224,16 +229,23 @@ class _Pretraining:
             "code": code_version(),
             "rounds": self._server.round,
             "gradient_steps": steps,
+            "parameters": self._initial.numel(),
+            "parameters_sent": self._server.layout.shared_size,
             "wall_seconds": progress.seconds,
             "bytes_total": progress.bytes_up + progress.bytes_down,
         }
 
     def _result_rows(self, role: SiteRole, reply: Reply, shared: Mapping[str, Any]) -> list[dict[str, Any]]:
-        scored: dict[str, Mapping[str, float]] = {self._method.name: reply.meta["scores"], **reply.meta["baselines"]}
-        own = {"domain": role.name, "held_out": role.held_out, "windows": reply.meta["windows"]}
-        return [
-            {**shared, **own, "model": name, **{key: _number(value) for key, value in scores.items()}} for name, scores in scored.items()
-        ]
+        rows = []
+        for result in reply.meta["results"]:
+            own = {"domain": role.name, "held_out": role.held_out, "horizon": result["horizon"], "windows": result["windows"]}
+            scored: dict[str, Mapping[str, float]] = {self._method.name: result["scores"], **result["baselines"]}
+            untrained = {name: {"exposure": WITHOUT_TRAINING} for name in result["baselines"]}
+            rows += [
+                {**shared, **own, "model": name, **untrained.get(name, {}), **{key: _number(value) for key, value in scores.items()}}
+                for name, scores in scored.items()
+            ]
+        return rows
 
     def _save_unseen(self, folder: Path) -> None:
         """Write the model that serves domains no site has seen; one model a site where the method has no such model."""
@@ -245,7 +257,7 @@ class _Pretraining:
         elif unseen == "each":
             for site, weights in experts.items():
                 self._save_model(weights, folder / site)
-        elif self._method.exports() == "scored":
+        elif self._method.exports() != "last":
             private = server.private if server.private.numel() else self._initial[server.layout.shared_size :]
             self._save_model(torch.cat([server.shared, private]), folder)
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
 
 from fedcast.data.catalogue import load_domains
-from fedcast.data.splits import split_by_time
+from fedcast.data.splits import split_store
 from fedcast.errors import RunError
 from fedcast.evaluate.metrics import score
 from fedcast.evaluate.windows import EvaluationSet, evaluation_set
 from fedcast.federated.scoring import forecast_windows
-from fedcast.methods.base import Unseen
+from fedcast.methods.base import build_method
 from fedcast.models.architectures import build_model
 from fedcast.models.forecaster import load_model
 from fedcast.models.mixture import DomainMixture
@@ -21,7 +21,7 @@ from fedcast.models.patch import PatchTransformer
 from fedcast.run.folder import RunFolder
 
 
-def serve_otherwise(folder: RunFolder, serving: Unseen) -> pd.DataFrame:
+def serve_otherwise(folder: RunFolder, serving: Literal["shadow", "mixture", "each", "oracle"]) -> pd.DataFrame:
     """Score a run's held-out domains with another model for unseen domains.
 
     Parameters
@@ -29,7 +29,9 @@ def serve_otherwise(folder: RunFolder, serving: Unseen) -> pd.DataFrame:
     folder
         A finished run whose final model is a mixture.
     serving
-        ``"shadow"``: the mean of the experts, with the weights of the last round; ``"each"``: the mean of their scores.
+        ``"shadow"``: the mean of the experts, with the weights of the last round; ``"mixture"``: each window weights them by how well
+        they forecast its own last patch, also where the architecture has an error of its own; ``"each"``: the mean of their scores;
+        ``"oracle"``: the expert with the smallest test MSE on a domain, which nobody could know beforehand: a bound to name as such, no result.
 
     Returns
     -------
@@ -39,27 +41,39 @@ def serve_otherwise(folder: RunFolder, serving: Unseen) -> pd.DataFrame:
     Raises
     ------
     RunError
-        When the final model is no mixture.
+        When the final model is no mixture, or its experts have no mean.
     """
     final = load_model(folder.final)
     if not isinstance(final, DomainMixture):
         raise RunError(f"{folder.path} has one model for all domains, no mixture", hint="choose a run whose method serves a mixture")
+    if serving == "shadow" and build_method(folder.spec().method).reorders:
+        raise RunError(
+            f"the models of {folder.path} have no mean: their memories hold prototypes in another order at each site",
+            hint="ask for 'each' or 'oracle'",
+        )
     weights = {site: float(row.get("weight", 1.0)) for site, row in folder.rows("round")[-1]["sites"].items()}
-    models = [_shadow(final, weights)] if serving == "shadow" else [final.expert(name) for name in final.names]
+    models: list[PatchTransformer | DomainMixture] = [final.expert(name) for name in final.names]
+    if serving == "shadow":
+        models = [_shadow(final, weights)]
+    elif serving == "mixture":
+        final.by_forecasts = True
+        models = [final]
     spec, rows = folder.spec(), folder.results()
     rows = rows[rows.model == rows.method].reset_index(drop=True)
     for index, row in rows[rows.held_out].iterrows():
         store = load_domains(spec.data, [row.domain])[row.domain]
-        splits = split_by_time(store, horizon=spec.model.horizon, validation=spec.data.validation, test=spec.data.test)
+        splits = split_store(store, spec.data, spec.model.horizon)
         test = evaluation_set(store, splits, "test", context=spec.model.context, horizon=spec.model.horizon, limit=spec.evaluation.windows)
-        for name, value in _mean_scores(models, test).items():
-            rows.loc[index, name] = value
+        scores = _scores(models, test)
+        for name in scores[0]:
+            best = min(scores, key=lambda each: each["mse"])[name]
+            rows.loc[index, name] = best if serving == "oracle" else sum(each[name] for each in scores) / len(scores)
     return rows
 
 
-def _mean_scores(models: list[PatchTransformer], test: EvaluationSet) -> dict[str, float]:
+def _scores(models: list[PatchTransformer | DomainMixture], test: EvaluationSet) -> list[dict[str, float]]:
     scores: list[dict[str, Any]] = [score(test, *forecast_windows(model, test.context, test.target.shape[1])) for model in models]
-    return {name: sum(float(each[name]) for each in scores) / len(scores) for name in scores[0]}
+    return [{name: float(value) for name, value in each.items()} for each in scores]
 
 
 def _shadow(mixture: DomainMixture, weights: dict[str, float]) -> PatchTransformer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from fedcast.models.base import QUANTILES, Output
 
 if TYPE_CHECKING:
     from fedcast.data.windows import Batch
+    from fedcast.models.patch import PatchTransformer
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,17 @@ class ForecastTask:
     eta: float = 1.0
     delta: float = 1.0
     limit: float = 50.0
+
+    def step(self, model: PatchTransformer, batch: Batch, generator: Callable[[], torch.Generator]) -> tuple[Tensor, Output]:
+        """Return the loss of a training batch and the model's output; nothing is drawn from the generator."""
+        output = model.normalised(batch.context, batch.mask, batch.target.shape[1])
+        return self.loss(output, batch), output
+
+    def validate(self, model: PatchTransformer, batch: Batch) -> float:
+        """Return the loss of validation windows."""
+        with torch.inference_mode():
+            output = model.normalised(batch.context, batch.mask, batch.target.shape[1])
+            return self.loss(output, batch).item()
 
     def loss(self, output: Output, batch: Batch) -> Tensor:
         """Return the scalar loss.

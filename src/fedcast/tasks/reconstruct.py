@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fedcast.errors import ModelError
+from fedcast.models.architectures.causal import CausalTransformer
 from fedcast.models.base import QUANTILES, ModelConfig, Output
 from fedcast.models.layers import InstanceNorm
 from fedcast.models.masking import observed_patches, patch_mask, spread
@@ -18,15 +19,22 @@ from fedcast.tasks.forecast import pinball
 
 if TYPE_CHECKING:
     from fedcast.data.windows import Batch
+    from fedcast.models.patch import PatchTransformer
 
 RATIOS: tuple[float, ...] = (0.15, 0.30, 0.45, 0.60, 0.75)
 """Mask ratios of the score; that there are five is found, which ones is reconstructed (fedal.md A.6)."""
 
 
+@runtime_checkable
 class Reconstructor(Protocol):
     """A model that reconstructs hidden patches."""
 
     config: ModelConfig
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters lie."""
+        ...
 
     def fill(self, values: Tensor, mask: Tensor, hidden: Tensor) -> Tensor:
         """Reconstruct windows [B, T] (bool [B, T]: observed) of whole patches from those not hidden (bool [B, N]), in their own unit."""
@@ -48,10 +56,40 @@ class ReconstructTask:
         Weight of the pinball loss.
     limit
         Truth is clamped to this many standard deviations of the visible points, so that nothing overflows.
+    ratio
+        Share of a window's patches that a training step hides; 75 % in FeDaL (fedal.md A.2).
     """
 
     eta: float = 1.0
     limit: float = 50.0
+    ratio: float = 0.75
+
+    def step(self, model: PatchTransformer, batch: Batch, generator: Callable[[], torch.Generator]) -> tuple[Tensor, Output]:
+        """Hide patches of a batch; return the loss of their reconstruction and the model's output.
+
+        Raises
+        ------
+        ModelError
+            When the model is none that reconstructs hidden patches as a task of its own.
+        """
+        if not isinstance(model, CausalTransformer):
+            raise ModelError(
+                f"the architecture {model.architecture!r} does not train masked reconstruction as a task",
+                hint="set model.objective = 'forecast', or choose another method",
+            )
+        values, mask = whole_windows(batch, model.config.patch)
+        hidden = patch_mask(observed_patches(mask, model.config.patch), self.ratio, generator())
+        output = model.output(model.represent(values, mask, hidden))
+        error, quantile = self.loss(output, values, mask, hidden)
+        return error + quantile, output
+
+    def validate(self, model: PatchTransformer, batch: Batch) -> float:
+        """Return the mean squared error over five mask ratios, in standard deviations of each window."""
+        if not isinstance(model, Reconstructor):
+            raise ModelError(f"the architecture {model.architecture!r} reconstructs nothing", hint="set model.objective = 'forecast'")
+        values, mask = whole_windows(batch, model.config.patch)
+        _, _, scale = InstanceNorm.forward(torch.where(mask, values, 0.0), mask)
+        return reconstruction_mse(model, batch, scale.squeeze(1))["mse"]
 
     def loss(self, output: Output, values: Tensor, mask: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return squared error and weighted pinball loss, a scalar each; 0 where no observed point is hidden.

@@ -18,7 +18,11 @@ from fedcast.models.mixture import DomainMixture
 
 def config(**changes: object) -> ModelConfig:
     shape = {"d_model": 16, "n_heads": 2, "encoder_layers": 1, "decoder_layers": 1, "context": 32, "horizon": 12, "patch": 4}
-    settings = {"prototypes": 10, "statistics": 8, **{k: changes.pop(k) for k in ("units", "statistics", "prototypes") if k in changes}}
+    settings = {
+        "prototypes": 10,
+        "statistics": 8,
+        **{k: changes.pop(k) for k in ("units", "statistics", "prototypes", "backbone", "serving") if k in changes},
+    }
     return ModelConfig(**(shape | changes), architecture="prototype", settings=tuple(settings.items()))  # type: ignore[arg-type]
 
 
@@ -38,6 +42,9 @@ def windows(count: int = 5, length: int = 32, missing: float = 0.2, seed: int = 
     return torch.where(mask, context, 0.0), mask
 
 
+BACKBONES = ["transformer", "cnn", "fc", "lstm", "gru"]
+
+
 def numbers(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
@@ -54,12 +61,16 @@ def test_when_the_sizes_are_the_papers_then_so_are_the_numbers_of_parameters(hor
     assert parts == [68_800, 16_384, decoder, 314_370]
 
 
-def test_when_the_seed_is_the_same_then_so_are_the_weights_and_the_global_state_is_untouched() -> None:
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_when_the_seed_is_the_same_then_so_are_the_weights_and_the_global_state_is_untouched(backbone: str) -> None:
     before = torch.random.get_rng_state()
-    first, again, other = (build_model(config(), seed) for seed in (1, 1, 2))
+    first, again, other = (build_model(config(backbone=backbone), seed) for seed in (1, 1, 2))
     assert torch.equal(before, torch.random.get_rng_state())
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in first.state_dict().items())
-    assert not torch.equal(first.state_dict()["encoder.embedding.weight"], other.state_dict()["encoder.embedding.weight"])
+    for name, tensor in first.state_dict().items():
+        drawn = tensor.dim() > 1
+        assert torch.equal(tensor, other.state_dict()[name]) != drawn
+        assert not drawn or tensor.abs().max() < 1
     memory = first.state_dict()["memory.prototypes"]
     assert memory.abs().max() <= 1 / 10
     assert memory.std() == pytest.approx(1 / 10 / math.sqrt(3), rel=0.2)
@@ -147,9 +158,11 @@ def test_when_the_unit_of_the_data_changes_then_the_forecast_changes_alike(facto
     torch.testing.assert_close(other.point, plain.point * factor + shift, rtol=1e-3, atol=1e-3 * factor + 1e-6 * abs(shift))
 
 
-@pytest.mark.parametrize("length", [1, 3, 4, 31, 32, 33, 90])
-def test_when_a_context_is_short_then_it_is_one_whose_beginning_is_missing(length: int) -> None:
-    net = model()
+@pytest.mark.parametrize(
+    ("length", "backbone"), [*((n, "transformer") for n in (1, 3, 4, 31, 32, 33, 90)), *((9, b) for b in BACKBONES[1:])]
+)
+def test_when_a_context_is_short_then_it_is_one_whose_beginning_is_missing(length: int, backbone: str) -> None:
+    net = model(backbone=backbone)
     context, mask = windows(3, length)
     mask[:, -1] = True
     output = net.normalised(context, mask, 12)
@@ -159,10 +172,13 @@ def test_when_a_context_is_short_then_it_is_one_whose_beginning_is_missing(lengt
     assert output.feature_mask.sum() <= 3 * math.ceil(length / 4)
 
 
+ODD = [("window", "transformer"), ("data", "transformer"), *(("window", backbone) for backbone in BACKBONES[1:])]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("units", ["window", "data"])
-def test_when_windows_are_odd_then_forecasts_are_finite_and_quantiles_never_fall(dtype: torch.dtype, units: str) -> None:
-    net = model(units=units).to(dtype)
+@pytest.mark.parametrize(("units", "backbone"), ODD)
+def test_when_windows_are_odd_then_forecasts_are_finite_and_quantiles_never_fall(dtype: torch.dtype, units: str, backbone: str) -> None:
+    net = model(units=units, backbone=backbone).to(dtype)
     context = torch.stack(
         [torch.zeros(32), torch.full((32,), 7e20), torch.randn(32) * 1e-25, torch.full((32,), torch.nan), torch.randn(32)]
     )
@@ -173,8 +189,9 @@ def test_when_windows_are_odd_then_forecasts_are_finite_and_quantiles_never_fall
     assert (forecast.quantiles.diff(dim=-1) >= 0).all()
 
 
-def test_when_saved_and_loaded_then_forecasts_are_bit_equal(tmp_path: Path) -> None:
-    net = model(3)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_when_saved_and_loaded_then_forecasts_are_bit_equal(backbone: str, tmp_path: Path) -> None:
+    net = model(3, backbone=backbone)
     net.save_pretrained(tmp_path)
     loaded = Forecaster.from_pretrained(tmp_path)
     assert isinstance(loaded.model, PrototypeTransformer)
@@ -183,7 +200,15 @@ def test_when_saved_and_loaded_then_forecasts_are_bit_equal(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "settings", [(("colour", 3),), (("prototypes", 0),), (("units", "metres"),), (("statistics", "wide"),), (("decoder_heads", 3),)]
+    "settings",
+    [
+        (("colour", 3),),
+        (("prototypes", 0),),
+        (("units", "metres"),),
+        (("statistics", "wide"),),
+        (("decoder_heads", 3),),
+        (("backbone", "s4"),),
+    ],
 )
 def test_when_a_setting_is_unknown_or_does_not_fit_then_it_is_refused(settings: tuple[tuple[str, int | str]]) -> None:
     with pytest.raises(ModelError):
@@ -195,7 +220,14 @@ def test_when_a_window_is_judged_then_by_the_mean_squared_distance_to_its_protot
     context, mask = windows(4)
     mask[1, :12] = False
     mask[2] = False
-    errors = net.window_errors(context, mask).detach()
+    with torch.no_grad():
+        net.heads.typical_error.fill_(0.5)
+    assert model(serving="mixture").window_errors(context, mask) is None
+    plain = model(serving="quantisation")
+    plain.load_state_dict(net.state_dict())
+    errors = plain.window_errors(context, mask).detach()
+    # As it is served: in units of what the site's own windows have.
+    torch.testing.assert_close(net.window_errors(context, mask).detach(), 2 * errors)
     reading = net.read(context, mask)
     for b in range(4):
         seen = [n for n in range(8) if mask[b, 4 * n : 4 * n + 4].any()]

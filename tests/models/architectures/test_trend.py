@@ -26,11 +26,10 @@ from fedcast.models.architectures.trend import (
     WindowDecoder,
     choose_experts,
     moving_average,
-    sinusoids,
 )
 from fedcast.models.base import ModelConfig
 from fedcast.models.forecaster import Forecaster
-from fedcast.models.layers import InstanceNorm
+from fedcast.models.layers import InstanceNorm, sinusoids
 from fedcast.models.mixture import DomainMixture
 from fedcast.models.patch import PatchTransformer
 

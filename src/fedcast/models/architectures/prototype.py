@@ -3,7 +3,8 @@
 Found in its released code (fedpm.md B.2): patches of 4 points embedded linearly, learnt positions, post-norm blocks; each token replaced
 by the nearest prototype (squared L2, straight-through); a decoder of post-norm blocks on fixed sinusoidal positions, flattened to the
 horizon; an MLP that predicts how mean and standard deviation change from context to horizon. At the paper's sizes the parts have its
-numbers of parameters.
+numbers of parameters (747,042 for context and horizon of 96); the quantile head, which it lacks, comes on top. Its other encoders and
+decoders are in :mod:`fedcast.models.backbones`.
 
 Reconstructed: (1) The paper's windows are standardised per data set before the model sees them; fedcast's come in any unit. The same
 formulas are therefore applied to the window in its own units, where its mean is 0 and its deviation 1; ``units = "data"`` applies them as
@@ -24,12 +25,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from fedcast.errors import ModelError
-from fedcast.models.architectures.trend import sinusoids
+from fedcast.models.backbones import Backbone, build_decoder, build_encoder
 from fedcast.models.base import QUANTILES, ModelConfig, Output
-from fedcast.models.layers import Linear, attend, key_bias
+from fedcast.models.layers import Linear, key_bias
 from fedcast.models.patch import GAUSSIAN, Encoded, PatchTransformer, Tokens
 
+Serving = Literal["relative", "quantisation", "mixture"]
+
 EPSILON = 1e-5
+_SMALLEST = 1e-12
 _LARGEST = 1e4  # data that were standardised never get there; keeps any input finite
 
 
@@ -46,6 +50,11 @@ class PrototypeSettings(BaseModel):
         Width of the MLP that predicts the change of mean and deviation; 0: none, they stay those of the context.
     units
         What the formulas are applied to: the window in its own units, or in those of the data.
+    backbone
+        What encoder and decoder are made of; see :mod:`fedcast.models.backbones`.
+    serving
+        How a window judges the model (:meth:`PrototypeTransformer.window_errors`): by its quantisation error over the site's typical
+        one, by its quantisation error as it is, or not at all, so that a mixture weights models by their forecasts.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -54,6 +63,8 @@ class PrototypeSettings(BaseModel):
     decoder_heads: int = Field(4, ge=1)
     statistics: int = Field(512, ge=0)
     units: Literal["window", "data"] = "window"
+    backbone: Backbone = "transformer"
+    serving: Serving = "relative"
 
     @classmethod
     def of(cls, config: ModelConfig) -> PrototypeSettings:
@@ -123,44 +134,6 @@ class Prediction(NamedTuple):
     output: Output
 
 
-class PostNormBlock(nn.Module):
-    """``H = LN(x + Attention(x))``, then ``LN(H + W2 ReLU(W1 H))``: torch's ``TransformerEncoderLayer`` without dropout."""
-
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
-        super().__init__()
-        self.n_heads = heads
-        self.qkv, self.out = Linear(width, 3 * width), Linear(width, width)
-        self.widen, self.narrow = Linear(width, hidden), Linear(hidden, width)
-        self.attention_norm, self.forward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """Map tokens [B, N, d] to [B, N, d]; ``bias`` is as in :func:`fedcast.models.layers.key_bias`."""
-        batch, length, width = x.shape
-        packed = self.qkv(x).view(batch, length, 3, self.n_heads, -1)
-        query, key, value = packed.permute(2, 0, 3, 1, 4).contiguous().unbind()
-        mixed = attend(query, key, value, bias).transpose(1, 2).reshape(batch, length, width)
-        x = self.attention_norm(x + self.out(mixed))
-        return cast(Tensor, self.forward_norm(x + self.narrow(F.relu(self.widen(x)))))
-
-
-class PatchEncoder(nn.Module):
-    """Linear embedding, learnt positions and blocks whose feed-forward part is twice as wide."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        width = config.d_model
-        self.embedding = Linear(config.patch, width)
-        self.positions = nn.Parameter(torch.empty(config.context_patches, width))
-        self.blocks = nn.ModuleList(PostNormBlock(width, config.n_heads, 2 * width) for _ in range(config.encoder_layers))
-
-    def forward(self, patches: Tensor, bias: Tensor) -> Tensor:
-        """Map patches [B, N, P] to features [B, N, d]."""
-        x: Tensor = self.embedding(patches) + self.positions
-        for block in self.blocks:
-            x = block(x, bias)
-        return x
-
-
 class Memory(nn.Module):
     """The prototypes, [M, D]: all that FeDPM's sites share."""
 
@@ -179,33 +152,39 @@ class Memory(nn.Module):
 
 
 class ShapeDecoder(nn.Module):
-    """Fixed positions, blocks whose feed-forward part is four times as wide, and a linear layer from all tokens to the horizon."""
+    """A decoder of the configuration's kind, and a linear layer from all its tokens to the horizon."""
 
-    def __init__(self, config: ModelConfig, heads: int) -> None:
+    def __init__(self, config: ModelConfig, settings: PrototypeSettings) -> None:
         super().__init__()
-        width = config.d_model
-        self.blocks = nn.ModuleList(PostNormBlock(width, heads, 4 * width) for _ in range(config.decoder_layers))
-        self.out = Linear(config.context_patches * width, config.horizon)
+        self.body = build_decoder(settings.backbone, config, settings.decoder_heads)
+        tokens = config.context_patches * (config.patch if settings.backbone == "cnn" else 1)
+        self.out = Linear(tokens * config.d_model, config.horizon)
 
     def forward(self, prototypes: Tensor, bias: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """Map prototypes [B, N, d] to the horizon's shape [B, H_max], and return the flattened tokens [B, N d] it is read from."""
-        x = prototypes + sinusoids(*prototypes.shape[1:], prototypes.dtype, prototypes.device)
-        for block in self.blocks:
-            x = block(x, bias)
-        flat = (x * seen.unsqueeze(-1)).flatten(1)
+        """Map prototypes [B, N, d] to the horizon's shape [B, H_max], and return the flattened tokens that it is read from."""
+        seen = seen.unsqueeze(-1)
+        x = self.body(prototypes * seen, bias)
+        flat = (x * seen.repeat_interleave(x.shape[1] // seen.shape[1], dim=1)).flatten(1)
         return cast(Tensor, self.out(flat)), flat
 
 
 class Heads(nn.Module):
-    """The MLP for mean and deviation (the paper's MuStd), and offsets of nine quantiles."""
+    """The MLP for mean and deviation (the paper's MuStd), and offsets of nine quantiles.
 
-    def __init__(self, config: ModelConfig, hidden: int) -> None:
+    Attributes
+    ----------
+    typical_error
+        Mean quantisation error of the site's own windows, [1]: set by the method, never trained.
+    """
+
+    def __init__(self, config: ModelConfig, hidden: int, tokens: int) -> None:
         super().__init__()
         inputs, width = config.context + 2, config.d_model
         sizes = (Linear(inputs, hidden), Linear(hidden, hidden), Linear(hidden, 2)) if hidden else ()
         self.statistics = nn.ModuleList(sizes)
-        self.summary = Linear(config.context_patches * width, width)
+        self.summary = Linear(tokens, width)
         self.quantiles = Linear(width, config.horizon * len(QUANTILES))
+        self.typical_error = nn.Parameter(torch.ones(1))
 
     def changes(self, values: Tensor, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor] | None:
         """Map a window [B, L], its mean and deviation [B, 1] to their changes until the horizon, float32 [B, 1] each."""
@@ -235,10 +214,10 @@ class PrototypeTransformer(PatchTransformer):
         settings = PrototypeSettings.of(config)
         self.config, self.settings = config, settings
         self.packs = False
-        self.encoder: Any = PatchEncoder(config)
+        self.encoder: Any = build_encoder(settings.backbone, config)
         self.memory = Memory(settings.prototypes, config.d_model)
-        self.decoder: Any = ShapeDecoder(config, settings.decoder_heads)
-        self.heads: Any = Heads(config, settings.statistics)
+        self.decoder: Any = ShapeDecoder(config, settings)
+        self.heads: Any = Heads(config, settings.statistics, self.decoder.out.in_features)
         _initialise(self, seed)
 
     @property
@@ -303,33 +282,43 @@ class PrototypeTransformer(PatchTransformer):
         """Return values [B, H] of the data in working units."""
         return values if self.settings.units == "data" else (values - output.loc) / output.scale
 
-    def window_errors(self, context: Tensor, mask: Tensor) -> Tensor:
+    def window_errors(self, context: Tensor, mask: Tensor) -> Tensor | None:
         """Return the quantisation error of each window [B]: the mean of ``|z - p|^2 / D`` over patches with observed points.
 
-        Where there is none, 0: nothing tells such models apart.
+        It stands in units of the site's typical error (``serving = "relative"``): as it is, it tells encoders apart rather than windows,
+        since the site whose features lie closest together has the smallest one on anything. Where no point is observed it is 0:
+        nothing tells such models apart.
         """
+        if self.settings.serving == "mixture":
+            return None
         reading = self.read(context, mask)
         error = (reading.features - reading.nearest).square().mean(-1)  # [B, N]
         seen = reading.tokens.mask
-        return (error * seen).sum(1) / seen.sum(1).clamp_min(1)
+        mean = (error * seen).sum(1) / seen.sum(1).clamp_min(1)
+        return mean / self.heads.typical_error.float().clamp_min(_SMALLEST) if self.settings.serving == "relative" else mean
 
 
 def _initialise(model: PrototypeTransformer, seed: int) -> None:
-    """Fill the weights: the memory U(-1/M, 1/M), positions N(0, 0.02), the decoder Xavier, all else U(+-1/sqrt(inputs)), biases 0."""
+    """Fill the weights: the memory U(-1/M, 1/M), positions N(0, 0.02), biases 0; the rest U(-b, b), b by Xavier or 1/sqrt(inputs).
+
+    Xavier's bound, ``sqrt(6 / (inputs + outputs))``, is that of the decoder, the MLP for mean and deviation, and attention's input.
+    """
     if next(model.parameters()).is_meta:
         return
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(".bias"):
+            if "bias" in name.rpartition(".")[2]:
                 parameter.zero_()
             elif name.endswith("positions"):
                 parameter.normal_(0.0, 0.02, generator=generator)
-            elif parameter.dim() == 2:
-                bound = parameter.shape[1] ** -0.5
+            elif parameter.dim() >= 2:
+                # A convolution's kernel stands in the third place.
+                inputs, outputs = parameter[0].numel(), parameter[:, 0].numel()
+                bound = inputs**-0.5
                 if name.startswith("memory."):
                     bound = 1 / len(parameter)
-                elif name.startswith("decoder.") or ".qkv." in name:
-                    bound = math.sqrt(6 / sum(parameter.shape))
+                elif name.startswith(("decoder.", "heads.statistics.")) or ".qkv." in name:
+                    bound = math.sqrt(6 / (inputs + outputs))
                 parameter.uniform_(-bound, bound, generator=generator)
         model.heads.quantiles.bias.copy_(torch.tensor(GAUSSIAN).repeat(model.config.horizon))

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fedcast.errors import ModelError
 from fedcast.models.base import QUANTILES, ModelConfig, Output
-from fedcast.models.layers import FeedForward, InstanceNorm, Linear, attend, key_bias
+from fedcast.models.layers import FeedForward, InstanceNorm, Linear, attend, key_bias, sinusoids
 from fedcast.models.masking import spread
 from fedcast.models.patch import GAUSSIAN, Encoded, PatchTransformer, Tokens
 
@@ -89,15 +89,6 @@ def moving_average(count: int, kernel: int, dtype: torch.dtype, device: torch.de
         matrix = torch.zeros(count, count, dtype=torch.float64)
         matrix.scatter_add_(1, near.clamp(0, count - 1), torch.full(near.shape, 1 / kernel, dtype=torch.float64))
         return matrix.to(device, dtype)
-
-
-@lru_cache(maxsize=64)
-def sinusoids(count: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return fixed positions [count, width]: sines at even places, cosines at odd ones (Vaswani et al., arXiv 1706.03762)."""
-    with torch.inference_mode(False), torch.no_grad():
-        rates = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-        angles = torch.arange(count, dtype=torch.float64)[:, None] * rates
-        return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1).to(device, dtype)
 
 
 def choose_experts(chances: Tensor, top_k: int) -> Tensor:

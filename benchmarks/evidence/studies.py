@@ -1,0 +1,154 @@
+"""What is trained for each table: a study is a spec and its rows, a row a method with its options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+MASKED = ("model.objective=reconstruct",)
+PROBED = ("evaluation.conflict=10",)
+SHORT = ("federation.rounds=10",)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a study.
+
+    Attributes
+    ----------
+    method
+        The ``[method]`` section.
+    overrides
+        Further assignments, such as ``"model.objective=reconstruct"``.
+    """
+
+    method: Mapping[str, Any]
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Study:
+    """Rows over one spec.
+
+    Attributes
+    ----------
+    spec
+        File of the spec.
+    rows
+        Rows by label. Studies of one spec share a folder, so a label that two of them have is one run.
+    seeds
+        Seeds a row.
+    overrides
+        Assignments for all rows.
+    """
+
+    spec: str
+    rows: Mapping[str, Row]
+    seeds: int = 3
+    overrides: tuple[str, ...] = ()
+    folder: str = field(default="")
+
+    def path(self) -> Path:
+        """Return the file of the spec."""
+        return HERE / f"{self.spec}.toml"
+
+
+def _row(name: str, *overrides: str, **options: Any) -> Row:
+    return Row({"name": name, **options}, overrides)
+
+
+# Methods with personal parts serve domains that no site has seen by the same mixture, so that serving does not stand in for the method.
+FORECASTERS = {
+    "fedtrl": _row("fedtrl", *PROBED),
+    "fedavg": _row("fedavg", *PROBED),
+    "fedprox": _row("fedprox"),
+    "scaffold": _row("scaffold"),
+    "feddyn": _row("feddyn"),
+    "fedper": _row("fedper"),
+    "fedavg_encoder": _row("fedavg_encoder", serving="mixture"),
+    "ffts": _row("ffts"),
+    "fedal": _row("fedal", *MASKED),
+    "fedpm": _row("fedpm"),
+    "central": _row("central", *PROBED),
+    "central_balanced": _row("central_balanced"),
+    "local": _row("local", serving="mixture"),
+}
+
+# The same reconstructor for all but FFTS, which has its own. Without DBE and GBE FeDaL is FedAvg of it, as the tests show.
+RECONSTRUCTORS = {
+    "local, masked": _row("local", *MASKED, serving="each"),
+    "central, masked": _row("central", *MASKED),
+    "fedavg, masked": _row("fedavg", *MASKED),
+    "fedprox, masked": _row("fedprox", *MASKED),
+    "fedtrl, masked": _row("fedtrl", *MASKED, serving="shadow"),
+    "ffts, masked": _row("ffts", *MASKED, forecasting=0.0),
+    "fedal": FORECASTERS["fedal"],
+}
+
+# One linear layer from all tokens to all points would be 10.6 million weights at 816 points.
+IN_DOMAIN = {**{name: Row(row.method) for name, row in FORECASTERS.items()}, "ffts": _row("ffts", head="patch")}
+IN_DOMAIN["fedal"] = _row("fedal", *MASKED, coreset=32, match_steps=10, refresh=10)
+
+FEDAL = {
+    "fedal": FORECASTERS["fedal"],
+    "no bias alignment": _row("fedal", *MASKED, align=0.0),
+    "no DBE": _row("fedal", *MASKED, dbe=False),
+    "no core-set tuning": _row("fedal", *MASKED, coreset=0),
+    "no gradient correction": _row("fedal", *MASKED, dynamics="none"),
+    "no GBE": _row("fedal", *MASKED, gbe=False),
+    "neither DBE nor GBE": _row("fedal", *MASKED, dbe=False, gbe=False),
+    "dyn_literal": _row("fedal", *MASKED, dynamics="dyn_literal"),
+    "dyn_scaled": _row("fedal", *MASKED, dynamics="dyn_scaled"),
+    "alpha 0.3": _row("fedal", *MASKED, alpha=0.3),
+}
+
+FFTS = {
+    "ffts": FORECASTERS["ffts"],
+    "no ATM": _row("ffts", experts="none"),
+    "no alignment": _row("ffts", alignment=0.0),
+    "no moving average": _row("ffts", server_rate=1.0),
+    "two experts a token": _row("ffts", top_k=2),
+    "mask ratio 0.5": _row("ffts", mask_ratio=0.5),
+    "no reconstruction": _row("ffts", mask_ratio=0.0),
+}
+
+FEDPM = {
+    "fedpm": _row("fedpm"),
+    "row-wise mean": _row("fedpm", aggregation="fedavg"),
+    "no exchange": _row("fedpm", aggregation="none"),
+    "random fill": _row("fedpm", fill="random_isolated"),
+    "no fill": _row("fedpm", fill="none"),
+    "no mean/std head": _row("fedpm", statistics=0),
+    "64 prototypes": _row("fedpm", prototypes=64),
+    "width 32": _row("fedpm", width=32),
+    "patch 8": _row("fedpm", patch=8),
+    "patch 16": _row("fedpm", patch=16),
+    "delta 0.5": _row("fedpm", delta=0.5),
+    "delta 0.9": _row("fedpm", delta=0.9),
+    "gamma 1": _row("fedpm", gamma=1.0),
+    "largest similarity": _row("fedpm", similarity="max"),
+    "dead-code restart": _row("fedpm", restart=True),
+    "as released": _row("fedpm", as_released=True),
+    "standardised units": _row("fedpm", units="data"),
+}
+
+FEDPROX = {
+    "fedavg": FORECASTERS["fedavg"],
+    "fedprox": FORECASTERS["fedprox"],
+    "mu 0.1": _row("fedprox", mu=0.1),
+    "mu 1": _row("fedprox", mu=1.0),
+    "fedprox as released": _row("fedprox", mu=1.0, as_released=True),
+}
+
+STUDIES: dict[str, Study] = {
+    "many-domains": Study("many_domains", FORECASTERS),
+    "reconstruction": Study("many_domains", RECONSTRUCTORS),
+    "in-domain": Study("in_domain", IN_DOMAIN),
+    "fedal": Study("many_domains", FEDAL, 1, SHORT, "many_domains-short"),
+    "ffts": Study("many_domains", FFTS, 1, SHORT, "many_domains-short"),
+    "fedprox": Study("many_domains", FEDPROX, 1, SHORT, "many_domains-short"),
+    "fedpm": Study("in_domain", FEDPM, 1, SHORT, "in_domain-short"),
+}
