@@ -77,20 +77,22 @@ FORECASTERS = {
     "local": _row("local", serving="mixture"),
 }
 
-# The same reconstructor for all but FFTS, which has its own. Without DBE and GBE FeDaL is FedAvg of it, as the tests show.
+# The same reconstructor for all but FFTS, which has its own and learns to forecast beside it. Without DBE and GBE FeDaL is FedAvg of it, as the tests show.
 RECONSTRUCTORS = {
     "local, masked": _row("local", *MASKED, serving="each"),
     "central, masked": _row("central", *MASKED),
     "fedavg, masked": _row("fedavg", *MASKED),
     "fedprox, masked": _row("fedprox", *MASKED),
     "fedtrl, masked": _row("fedtrl", *MASKED, serving="shadow"),
-    "ffts, masked": _row("ffts", *MASKED, forecasting=0.0),
+    "ffts": FORECASTERS["ffts"],
     "fedal": FORECASTERS["fedal"],
 }
 
 # One linear layer from all tokens to all points would be 10.6 million weights at 816 points.
 IN_DOMAIN = {**{name: Row(row.method) for name, row in FORECASTERS.items()}, "ffts": _row("ffts", head="patch")}
 IN_DOMAIN["fedal"] = _row("fedal", *MASKED, coreset=32, match_steps=10, refresh=10)
+# Scored once: it is the same for all rows.
+IN_DOMAIN["fedavg"] = _row("fedavg", 'evaluation.baselines=["seasonal_naive"]')
 
 FEDAL = {
     "fedal": FORECASTERS["fedal"],
@@ -135,8 +137,24 @@ FEDPM = {
     "standardised units": _row("fedpm", units="data"),
 }
 
+FEDTRL = {
+    "fedtrl": _row("fedtrl"),
+    "no domain loss": _row("fedtrl", alpha=0.0),
+    "no alignment": _row("fedtrl", beta=0.0),
+    "neither": _row("fedtrl", alpha=0.0, beta=0.0),
+    "sample weights": _row("fedtrl", aggregation="samples"),
+    "uniform weights": _row("fedtrl", aggregation="uniform"),
+    "Wasserstein barycentre": _row("fedtrl", barycentre="wasserstein"),
+    "everything travels": _row("fedtrl", travels="all"),
+    "random labels": _row("fedtrl", labels="random"),
+    "alpha and beta 0.1": _row("fedtrl", alpha=0.1, beta=0.1),
+    "tau 1": _row("fedtrl", tau=1.0),
+    "half take part": _row("fedtrl", "federation.participation=0.5", "federation.rounds=20"),
+    "5 steps a round": _row("fedtrl", "federation.local_steps=5", "federation.rounds=40"),
+}
+
 FEDPROX = {
-    "fedavg": FORECASTERS["fedavg"],
+    "fedavg": _row("fedavg"),
     "fedprox": FORECASTERS["fedprox"],
     "mu 0.1": _row("fedprox", mu=0.1),
     "mu 1": _row("fedprox", mu=1.0),
@@ -147,8 +165,9 @@ STUDIES: dict[str, Study] = {
     "many-domains": Study("many_domains", FORECASTERS),
     "reconstruction": Study("many_domains", RECONSTRUCTORS),
     "in-domain": Study("in_domain", IN_DOMAIN),
+    "fedtrl": Study("many_domains", FEDTRL, 1, SHORT, "many_domains-short"),
     "fedal": Study("many_domains", FEDAL, 1, SHORT, "many_domains-short"),
-    "ffts": Study("many_domains", FFTS, 1, SHORT, "many_domains-short"),
+    "ffts": Study("many_domains", FFTS, 1, ("federation.rounds=5",), "many_domains-shorter"),
     "fedprox": Study("many_domains", FEDPROX, 1, SHORT, "many_domains-short"),
     "fedpm": Study("in_domain", FEDPM, 1, SHORT, "in_domain-short"),
 }
