@@ -41,6 +41,7 @@ docs-check: $(READY_DEV) ## Run every command of README and docs, and check thei
 
 evidence: $(READY) ## Compare all methods over domains, data sets and seeds (hours; see docs/evidence.md)
 	$(BIN)/python -m benchmarks.evidence
+	$(BIN)/python -m benchmarks.scaling
 
 bench: $(READY) ## Measure speed beside peers and beside the machine's limits (an hour and a half; see benchmarks/README.md)
 	$(BIN)/fedcast machine --build

@@ -22,7 +22,7 @@ from benchmarks.evidence.studies import HERE, STUDIES, Row, Study
 from fedcast.run.folder import RunFolder
 from fedcast.run.pretrain import Run, pretrain
 from fedcast.run.serving import serve_otherwise
-from fedcast.spec import load_spec
+from fedcast.spec import RunSpec, load_spec
 
 PAGE = HERE.parents[1] / "docs" / "evidence.md"
 RESULTS = HERE / "results"
@@ -37,10 +37,15 @@ SERVED = {
 }
 
 
+def spec_of(study: Study, row: Row, seed: int, workers: int) -> RunSpec:
+    """Return the spec of one row with one seed."""
+    spec = load_spec(study.path(), [*study.overrides, *row.overrides, f"seed={seed}", f"federation.workers={workers}"])
+    return RunSpec.model_validate({**spec.to_dict(), "method": dict(row.method)})
+
+
 def train(study: Study, label: str, row: Row, seed: int, output: Path, workers: int) -> Run:
     """Train one row with one seed, or return it where it is complete."""
-    spec = load_spec(study.path(), [*study.overrides, *row.overrides, f"seed={seed}", f"federation.workers={workers}"])
-    spec = spec.model_validate({**spec.to_dict(), "method": dict(row.method)})
+    spec = spec_of(study, row, seed, workers)
     start = time.perf_counter()
     folder = output / (study.folder or study.spec) / label.replace(",", "").replace(" ", "-") / f"seed-{seed}"
     run = pretrain(spec, output=folder)

@@ -77,7 +77,7 @@ FORECASTERS = {
     "local": _row("local", serving="mixture"),
 }
 
-# The same reconstructor for all but FFTS, which has its own and learns to forecast beside it. Without DBE and GBE FeDaL is FedAvg of it, as the tests show.
+# The same reconstructor for all but FFTS, which has its own and learns to forecast beside it.
 RECONSTRUCTORS = {
     "local, masked": _row("local", *MASKED, serving="each"),
     "central, masked": _row("central", *MASKED),
@@ -124,6 +124,8 @@ FEDPM = {
     "random fill": _row("fedpm", fill="random_isolated"),
     "no fill": _row("fedpm", fill="none"),
     "no mean/std head": _row("fedpm", statistics=0),
+    **{f"{name} backbone": _row("fedpm", backbone=name) for name in ("cnn", "fc", "lstm", "gru")},
+    "noise 0.01": _row("fedpm", noise=0.01),
     "64 prototypes": _row("fedpm", prototypes=64),
     "width 32": _row("fedpm", width=32),
     "patch 8": _row("fedpm", patch=8),

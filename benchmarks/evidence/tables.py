@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from benchmarks.tables import markdown
 from fedcast.evaluate.statistics import geometric_mean, paired_difference, relative
 from fedcast.run.diagnose import conflict_rows
 from fedcast.run.folder import RunFolder
@@ -18,12 +19,6 @@ REFERENCE = "seasonal_naive"
 MAIN = "fedtrl"
 Runs = Mapping[tuple[str, int], Run]
 _NAMES = {"mse": "MSE", "mae": "MAE", "mase": "MASE", "wql": "WQL", "reconstruction_mse": "reconstruction MSE"}
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table."""
-    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def relative_scores(rows: pd.DataFrame, labels: Sequence[str], metrics: Sequence[str] = ("mse", "mase", "wql")) -> str:

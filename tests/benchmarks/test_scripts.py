@@ -81,7 +81,7 @@ def test_when_a_table_is_replaced_then_nothing_else_changes() -> None:
 SCRIPTS = sorted(path.stem for path in README.parent.glob("*.py") if "\ndef main(" in path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", [name for name in SCRIPTS if name not in ("tables", "evidence")])
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name not in ("tables", "scaling")])
 def test_when_a_script_prints_a_table_then_the_readme_has_its_command_and_its_markers(name: str) -> None:
     document = README.read_text(encoding="utf-8")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from tests.federations import small_spec, train_small
+from tests.federations import small_spec, train_small, untrained_loss
 
 from fedcast.errors import SpecError, SplitError
 from fedcast.models.forecaster import Forecaster
@@ -28,6 +28,13 @@ def test_when_clients_cut_across_domains_then_scores_are_still_by_domain(scheme:
     results = run.results()
     assert set(results.domain) == {"energy", "health", "medical", "transport"}
     assert results.mse.notna().all()
+
+
+def test_when_clients_cut_across_domains_then_domains_are_validated_on_the_mean_of_what_clients_keep(tmp_path: Path) -> None:
+    spec = changed(small_spec("fedtrl", local_steps=30), "data", partition="iid", clients=2)
+    run = train_small(spec, tmp_path)
+
+    assert run.rows("validation")[-1]["mean"] < 0.95 * untrained_loss(spec, tmp_path / "untrained")
 
 
 def test_when_computing_in_bfloat16_then_training_learns_as_in_float32(tmp_path: Path) -> None:

@@ -260,7 +260,8 @@ class RoundLoop:
             tensors["experts"] = torch.stack([server.experts[name] for name in names])
             if server.own:
                 tensors["expert_shared"] = torch.stack([server.shared_of(name) for name in names])
-        elif server.private.numel():
+        if server.private.numel():
+            # Beside experts too: a domain that does not train itself is validated on their mean.
             tensors["fallback" if self.roles[site].trains else "private"] = server.private
         return tensors
 

@@ -45,6 +45,12 @@ class FedAl(Method):
 
     The paper's ablations: ``align = 0`` (without bias alignment), ``dbe = false``, ``coreset = 0`` (without core-set tuning),
     ``dynamics = "none"`` (without gradient correction), ``gbe = false``. Without DBE and GBE it is FedAvg of a masked reconstructor.
+
+    The default of ``beta`` under ``dyn_feddyn`` was chosen among 0.1, 0.03, 0.01 and 0.003 on bundled data, by reconstruction error
+    and validation loss: trained on energy, health, medical and cloud, scored on them and on traffic, wind, nature and activity, which no
+    run holds out by default; nano, context 128, horizon 32, patch 8, 20 rounds of 20 steps, without core-sets, one seed (a second one
+    agreed with FedAvg's reconstruction error within 1 %, at a validation loss 3 % lower). A clipped gradient is about 0.001 a weight: at
+    0.1 the pull to ``theta_g`` outweighs it, at 0.003 sites hardly answer the server's step. The specification's grid starts from 0.1.
     """
 
     name: ClassVar[str] = "fedal"
@@ -61,7 +67,7 @@ class FedAl(Method):
     momentum: Annotated[float, Field(ge=0, lt=1)] = hyper(0.9, "share of the old domain bias that a batch keeps")
     gbe: bool = hyper(True, "global bias elimination at the server; false is an ablation")
     dynamics: Literal["dyn_feddyn", "dyn_literal", "dyn_scaled", "none"] = hyper("dyn_feddyn", "the gradient-level correction")
-    beta: Annotated[float, Field(gt=0)] = hyper(0.1, "weight of the correction")
+    beta: Annotated[float, Field(gt=0)] | None = hyper(None, "weight of the correction; absent: 0.03, and 0.1 for dyn_scaled")
     rho: Annotated[float, Field(ge=0, le=1)] | None = hyper(
         None, "share of s kept a round; absent: 0.5 for dyn_literal, 0.9 for dyn_scaled"
     )
@@ -126,16 +132,20 @@ class FedAl(Method):
 
     def correction(self, client: Client) -> Tensor | None:
         """Return the gradient of the site's counter-term ``-<g_i, theta> + (beta / 2) |theta - theta_g|^2`` under ``dyn_feddyn``."""
-        return FedDyn(alpha=self.beta).correction(client) if self._counters else None
+        return FedDyn(alpha=self._weight).correction(client) if self._counters else None
 
     @property
     def _counters(self) -> bool:
         return self.gbe and self.dynamics == "dyn_feddyn"
 
+    @property
+    def _weight(self) -> float:
+        return self.beta if self.beta is not None else 0.1 if self.dynamics == "dyn_scaled" else 0.03
+
     def reply(self, client: Client) -> dict[str, Tensor]:
         """Keep the site's bias and counter-term; send the bias, and the core-set."""
         if self._counters:
-            FedDyn(alpha=self.beta).reply(client)
+            FedDyn(alpha=self._weight).reply(client)
         tensors = {}
         if self.dbe:
             tensors["bias"] = client.state["bias"] = client.scratch["bias"]
@@ -218,9 +228,9 @@ class FedAl(Method):
         scaled = self.dynamics == "dyn_scaled"
         share = 1.0 if scaled else len(updates) / server.sites
         kept = 1.0 if self._counters else self.rho if self.rho is not None else 0.9 if scaled else 0.5
-        s = kept * server.tensors.get("s", torch.zeros_like(before)) - self.beta * share * moved
+        s = kept * server.tensors.get("s", torch.zeros_like(before)) - self._weight * share * moved
         server.tensors["s"] = s
-        step = s if scaled else s / self.beta
+        step = s if scaled else s / self._weight
         server.log["correction_norm"] = float(step.norm())
         return server.shared if self._counters and server.round == server.rounds else server.shared - step
 
