@@ -88,7 +88,9 @@ def reconstruction(rows: pd.DataFrame, runs: tables.Runs) -> dict[str, str]:
     part = rows[rows.model.isin(labels)]
     return {
         "reconstruction": tables.reconstruction(rows, labels),
-        "reconstruction-differences": tables.differences(part[~part.held_out], others, ("reconstruction_mse",), main="fedal"),
+        "reconstruction-differences": tables.differences(
+            part[~part.held_out], others, ("reconstruction_mse", "reconstruction_nmse"), main="fedal"
+        ),
         "reconstruction-costs": tables.costs(runs, labels),
     }
 

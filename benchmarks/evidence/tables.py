@@ -18,7 +18,7 @@ from fedcast.run.pretrain import Run
 REFERENCE = "seasonal_naive"
 MAIN = "fedtrl"
 Runs = Mapping[tuple[str, int], Run]
-_NAMES = {"mse": "MSE", "mae": "MAE", "mase": "MASE", "wql": "WQL", "reconstruction_mse": "reconstruction MSE"}
+_NAMES = {"mse": "MSE", "mae": "MAE", "mase": "MASE", "wql": "WQL", "reconstruction_mse": "MSE", "reconstruction_nmse": "window units"}
 
 
 def relative_scores(rows: pd.DataFrame, labels: Sequence[str], metrics: Sequence[str] = ("mse", "mase", "wql")) -> str:
@@ -34,19 +34,16 @@ def relative_scores(rows: pd.DataFrame, labels: Sequence[str], metrics: Sequence
 
 
 def reconstruction(rows: pd.DataFrame, labels: Sequence[str]) -> str:
-    """Return reconstruction errors, the mean over five mask ratios: arithmetic and geometric means over domains, and each ratio."""
+    """Return reconstruction errors, means over five mask ratios and over domains, and the training domains' at each ratio."""
     ratios = [name for name in rows.columns if str(name).startswith("reconstruction_mse_")]
-    header = ["model", "in-domain", "in-domain, geometric", "held-out", "held-out, geometric", *(f"{n.split('_')[-1]} %" for n in ratios)]
+    header = ["model", *(f"{where}, {unit}" for unit in ("MSE", "window units") for where in ("in-domain", "held-out"))]
     body = []
     for label in labels:
         own = rows[rows.model == label]
-        cells = []
-        for held in (False, True):
-            part = own[own.held_out == held]
-            cells += [_spread(part, "reconstruction_mse", np.mean), _spread(part, "reconstruction_mse")]
-        each = [f"{own[~own.held_out][name].astype(float).mean():.3f}" for name in ratios]
-        body.append([label, *cells, *each])
-    return markdown(header, _best_in_bold(body))
+        cells = [_spread(own[own.held_out == held], "reconstruction_mse") for held in (False, True)]
+        cells += [_spread(own[own.held_out == held], "reconstruction_nmse", np.mean) for held in (False, True)]
+        body.append([label, *cells, *(f"{geometric_mean(own[~own.held_out][name].astype(float)):.3f}" for name in ratios)])
+    return markdown([*header, *(f"{name.split('_')[-1]} %" for name in ratios)], _best_in_bold(body))
 
 
 def long_horizons(rows: pd.DataFrame, labels: Sequence[str], metric: str) -> str:

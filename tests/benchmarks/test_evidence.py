@@ -30,7 +30,9 @@ def rows() -> pd.DataFrame:
             "held_out": domain == "d2",
             "horizon": horizon,
             "coverage80": 0.8,
-            **dict.fromkeys(("mse", "mae", "mase", "wql", "reconstruction_mse", "reconstruction_mse_15"), error * scale),
+            **dict.fromkeys(
+                ("mse", "mae", "mase", "wql", "reconstruction_mse", "reconstruction_nmse", "reconstruction_mse_15"), error * scale
+            ),
         }
         for seed in range(2)
         for domain, scale in zip(("d0", "d1", "d2"), rng.uniform(1, 9, 3), strict=True)

@@ -34,7 +34,7 @@ def test_when_the_objective_is_reconstruction_then_any_method_learns_it_and_stil
     own = rows[rows.model == method]
     seen = own[~own.held_out]
     assert set(seen.domain) == set(DOMAINS)
-    assert np.isfinite(seen[[*ERRORS, "reconstruction_mse", "mse", "wql"]].to_numpy(dtype=float)).all()
+    assert np.isfinite(seen[[*ERRORS, "reconstruction_mse", "reconstruction_nmse", "mse", "wql"]].to_numpy(dtype=float)).all()
     assert np.allclose(seen[ERRORS].mean(axis=1), seen.reconstruction_mse)
     folder = after.final / DOMAINS[0] if method == "local" else after.final
     assert Forecaster.from_pretrained(folder).predict_arrays(np.zeros((2, 64), dtype=np.float32), 16).point.shape == (2, 16)

@@ -19,7 +19,7 @@ from fedcast.models.mixture import DomainMixture
 from fedcast.models.patch import PatchTransformer
 from fedcast.spec import RunSpec
 from fedcast.tasks.objectives import Objective
-from fedcast.tasks.reconstruct import Reconstructor, reconstruction_mse
+from fedcast.tasks.reconstruct import Reconstructor, reconstruction_mse, window_deviation
 
 _BATCH = 256
 
@@ -70,10 +70,15 @@ class SiteScores:
         return self._test[horizon]
 
     def _reconstruction(self, model: Reconstructor, test: EvaluationSet) -> dict[str, float]:
-        """Return the reconstruction error of the test windows over five mask ratios, standardised as ``mse`` is."""
+        """Return the reconstruction error of the test windows over five mask ratios.
+
+        ``reconstruction_mse`` is standardised as ``mse`` is, ``reconstruction_nmse`` by each window's own deviation: a window far from
+        the train part's level weighs no more there than another one.
+        """
         batch = self._sampler.gather(self._sampler.evaluation("test", self._spec.evaluation.windows)).to(model.device)
         errors = reconstruction_mse(model, batch, torch.from_numpy(test.scale).to(model.device))
-        return {f"reconstruction_{name}": value for name, value in errors.items()}
+        own = reconstruction_mse(model, batch, window_deviation(batch))["mse"]
+        return {**{f"reconstruction_{name}": value for name, value in errors.items()}, "reconstruction_nmse": own}
 
     def _samples(self, test: EvaluationSet, point: NDArray[np.float32], quantiles: NDArray[np.float32]) -> list[dict[str, Any]]:
         count = min(self._spec.evaluation.samples, len(test.target))

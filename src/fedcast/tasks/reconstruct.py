@@ -87,9 +87,7 @@ class ReconstructTask:
         """Return the mean squared error over five mask ratios, in standard deviations of each window."""
         if not isinstance(model, Reconstructor):
             raise ModelError(f"the architecture {model.architecture!r} reconstructs nothing", hint="set model.objective = 'forecast'")
-        values, mask = whole_windows(batch, model.config.patch)
-        _, _, scale = InstanceNorm.forward(torch.where(mask, values, 0.0), mask)
-        return reconstruction_mse(model, batch, scale.squeeze(1))["mse"]
+        return reconstruction_mse(model, batch, window_deviation(batch))["mse"]
 
     def loss(self, output: Output, values: Tensor, mask: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return squared error and weighted pinball loss, a scalar each; 0 where no observed point is hidden.
@@ -122,6 +120,13 @@ def whole_windows(batch: Batch, patch: int) -> tuple[Tensor, Tensor]:
     before, after = -batch.context.shape[1] % patch, -batch.target.shape[1] % patch
     values = F.pad(torch.cat((batch.context, batch.target), dim=1), (before, after))
     return values, F.pad(torch.cat((batch.mask, batch.target_mask), dim=1), (before, after))
+
+
+def window_deviation(batch: Batch) -> Tensor:
+    """Return the standard deviation of each window's observed points, context and target together, [B]."""
+    values, mask = whole_windows(batch, 1)
+    _, _, scale = InstanceNorm.forward(torch.where(mask, values, 0.0), mask)
+    return scale.squeeze(1)
 
 
 def reconstruction_mse(
