@@ -59,17 +59,46 @@ def test_when_one_expert_knows_the_window_then_it_gets_the_weight() -> None:
     assert (weights[:, 1] > weights[:, 0]).all()
 
 
+def test_when_an_expert_was_right_on_all_patches_but_the_last_then_it_still_outweighs_one_that_was_lucky_once() -> None:
+    context, mask = windows(1, 64)
+    model = DomainMixture.of(CONFIG, states(1, 2), ENCODER)
+    errors = {end: torch.tensor([[0.1, 1.0]]) for end in range(16, 64, 8)} | {64: torch.tensor([[0.4, 0.1]])}
+    model._backtest = lambda context, mask, tail: (errors[context.shape[1]], torch.ones(1, 1, dtype=torch.bool))  # type: ignore[method-assign]
+
+    weights = model.weights(context, mask)
+
+    means = [(0.1**6 * 0.4) ** (1 / 7), 0.1 ** (1 / 7)]
+    expected = torch.tensor(means) ** -10.0
+    assert torch.allclose(weights, expected / expected.sum())
+    assert weights[0, 0] > 0.9
+
+
+def test_when_a_window_is_multiplied_then_weights_stay_the_same() -> None:
+    context, mask = windows()
+    model = mixture(1, 2, 3)
+    assert torch.allclose(model.weights(context, mask), model.weights(1000 * context, mask), atol=1e-3)
+
+
 @pytest.mark.parametrize("length", [1, 8])
 def test_when_a_window_is_too_short_to_judge_on_then_experts_weigh_the_same(length: int) -> None:
     context, mask = windows(3, length)
     assert torch.allclose(mixture(1, 2).weights(context, mask), torch.full((3, 2), 0.5))
 
 
-def test_when_the_tail_is_missing_then_experts_weigh_the_same() -> None:
+def test_when_only_the_first_patch_is_observed_then_experts_weigh_the_same() -> None:
+    context, mask = windows(3, 32)
+    mask[:, 8:] = False
+    context[:, 8:] = torch.nan
+    assert torch.allclose(mixture(1, 2).weights(context, mask), torch.full((3, 2), 0.5))
+
+
+def test_when_the_tail_is_missing_then_earlier_patches_tell_experts_apart() -> None:
     context, mask = windows(3, 32)
     mask[:, -8:] = False
     context[:, -8:] = torch.nan
-    assert torch.allclose(mixture(1, 2).weights(context, mask), torch.full((3, 2), 0.5))
+    weights = mixture(1, 2).weights(context, mask)
+    assert torch.allclose(weights.sum(1), torch.ones(3))
+    assert ((weights - 0.5).abs() > 1e-4).all()
 
 
 def test_when_forecasting_beyond_one_pass_then_it_rolls_and_quantiles_stay_monotone() -> None:

@@ -30,7 +30,7 @@ def serve_otherwise(folder: RunFolder, serving: Literal["shadow", "mixture", "ea
         A finished run whose final model is a mixture.
     serving
         ``"shadow"``: the mean of the experts, with the weights of the last round; ``"mixture"``: each window weights them by how well
-        they forecast its own last patch, also where the architecture has an error of its own; ``"each"``: the mean of their scores;
+        they forecast its own last patches, also where the architecture has an error of its own; ``"each"``: the mean of their scores;
         ``"oracle"``: the expert with the smallest test MSE on a domain, which nobody could know beforehand: a bound to name as such,
         no result.
 
