@@ -124,7 +124,7 @@ WRITERS = {
     "many-domains": many_domains,
     "reconstruction": reconstruction,
     "in-domain": in_domain,
-    **{name: _ablation(name) for name in ("fedtrl", "fedal", "ffts", "fedprox", "fedpm")},
+    **{name: _ablation(name) for name in ("fedtrl", "fedal", "ffts", "drift", "fedpm")},
 }
 
 

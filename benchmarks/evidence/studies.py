@@ -155,12 +155,17 @@ FEDTRL = {
     "5 steps a round": _row("fedtrl", "federation.local_steps=5", "federation.rounds=40"),
 }
 
-FEDPROX = {
+DRIFT = {
     "fedavg": _row("fedavg"),
     "fedprox": FORECASTERS["fedprox"],
-    "mu 0.1": _row("fedprox", mu=0.1),
-    "mu 1": _row("fedprox", mu=1.0),
-    "fedprox as released": _row("fedprox", mu=1.0, as_released=True),
+    "fedprox, mu 0.1": _row("fedprox", mu=0.1),
+    "fedprox, mu 1": _row("fedprox", mu=1.0),
+    "fedprox, as released": _row("fedprox", mu=1.0, as_released=True),
+    "scaffold": _row("scaffold"),
+    "feddyn": _row("feddyn"),
+    "feddyn, alpha 1": _row("feddyn", alpha=1.0),
+    "feddyn, alpha 0.03": _row("feddyn", alpha=0.03),
+    "feddyn, alpha 0.01": _row("feddyn", alpha=0.01),
 }
 
 STUDIES: dict[str, Study] = {
@@ -170,6 +175,6 @@ STUDIES: dict[str, Study] = {
     "fedtrl": Study("many_domains", FEDTRL, 1, SHORT, "many_domains-short"),
     "fedal": Study("many_domains", FEDAL, 1, SHORT, "many_domains-short"),
     "ffts": Study("many_domains", FFTS, 1, ("federation.rounds=5",), "many_domains-shorter"),
-    "fedprox": Study("many_domains", FEDPROX, 1, SHORT, "many_domains-short"),
+    "drift": Study("many_domains", DRIFT, 1, SHORT, "many_domains-short"),
     "fedpm": Study("in_domain", FEDPM, 1, SHORT, "in_domain-short"),
 }

@@ -13,7 +13,7 @@ import pandas as pd
 from fedcast.data.catalogue import load_domains, split_domains
 from fedcast.data.frames import read_frame
 from fedcast.data.leakage import WITHOUT_TRAINING, Exposure, exposures
-from fedcast.data.splits import split_by_time
+from fedcast.data.splits import split_store
 from fedcast.data.store import SeriesStore
 from fedcast.errors import ModelError, UnknownNameError
 from fedcast.evaluate.baselines import baseline_forecast
@@ -45,7 +45,7 @@ def evaluate(
     model
         A model folder or a run folder.
     data
-        ``"bundled"``, ``"catalogue"``, a folder of domains, or one file.
+        ``"bundled"``, ``"catalogue"``, ``"ltsf"``, a folder of domains, or one file.
     horizon
         Steps a forecast; the model's own when absent.
     windows
@@ -106,18 +106,20 @@ def _load(data: str, domains: Sequence[str], columns: Mapping[str, str | None]) 
 class _Origin:
     """What is known of how a model was trained: the split of the series, and the domains; ``None`` where it cannot be known."""
 
-    validation: float = 0.1
-    test: float = 0.2
+    split: DataSpec
     trained: frozenset[str] | None = None
     seed: int | None = None
 
     @classmethod
     def of(cls, spec: RunSpec | None, source: str) -> _Origin:
+        split = DataSpec(source=source)
         if spec is None:
-            return cls()
+            return cls(split)
         trained = frozenset(split_domains(spec.data)[0]) if spec.data.source == source else None
-        # The run's own split: with another one, test windows could lie in what it was trained on.
-        return cls(spec.data.validation, spec.data.test, trained, spec.seed)
+        # The run's own split: with another one, test windows could lie in what it was trained on. The benchmark has one of its own.
+        if source != "ltsf":
+            split = split.model_copy(update={"validation": spec.data.validation, "test": spec.data.test})
+        return cls(split, trained, spec.seed)
 
 
 def _score_domain(
@@ -125,7 +127,7 @@ def _score_domain(
 ) -> list[dict[str, Any]]:
     start = perf_counter()
     context = forecaster.model.config.context
-    splits = split_by_time(store, horizon=horizon, validation=origin.validation, test=origin.test)
+    splits = split_store(store, origin.split, horizon)
     test = evaluation_set(store, splits, "test", context=context, horizon=horizon, limit=windows)
     forecast = forecaster.predict_arrays(test.context, horizon)
     scored = {"model": score(test, forecast.point, forecast.quantiles)}
