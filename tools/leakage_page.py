@@ -24,7 +24,8 @@ A model that has trained on a benchmark set scores better on it than it would on
 
 What counts is the **recording**, not the name or the cut. ETTh1 is every fourth row of ETTm1, so a model that trained on one has seen
 the other. `hourly_power` of the bundled data holds the mean of ECL's meters, so it is ECL. A domain that a run trained on is `seen`
-although its test windows lie later in time than all that was trained on; `held_out` says which domains took no part at all. Data of your
+although within one source its test windows lie later in time than all that was trained on; across sources they may have been trained on.
+`held_out` says which domains took no part at all. Data of your
 own is known by name: a domain of the folder that was trained on is `seen` if it took part and `unseen` if not.
 
 <!-- runnable -->

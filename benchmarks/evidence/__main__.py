@@ -7,15 +7,12 @@ written between their markers; the sentences around them are written by people w
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from benchmarks.evidence import tables
 from benchmarks.evidence.studies import HERE, STUDIES, Row, Study
@@ -32,6 +29,7 @@ SERVED = {
     "fedtrl, mean decoder": ("fedtrl", "shadow"),
     "local, one by one": ("local", "each"),
     "fedpm, mixture": ("fedpm", "mixture"),
+    "fedpm, plain error": ("fedpm", "quantisation"),
     "fedpm, one by one": ("fedpm", "each"),
     "fedpm, oracle": ("fedpm", "oracle"),
 }
@@ -107,34 +105,23 @@ def in_domain(rows: pd.DataFrame, runs: tables.Runs) -> dict[str, str]:
     }
 
 
-def _ablation(name: str) -> Callable[[pd.DataFrame, tables.Runs], dict[str, str]]:
-    def write(rows: pd.DataFrame, runs: tables.Runs) -> dict[str, str]:
-        labels = list(STUDIES[name].rows)
-        if STUDIES[name].spec == "in_domain":
-            return {f"ablation-{name}": tables.long_horizons(rows, labels, "mse")}
-        found = {f"ablation-{name}": tables.relative_scores(rows, labels, ("mse", "wql"))}
-        if name == "fedal":
-            found["ablation-fedal-reconstruction"] = tables.reconstruction(rows, labels)
-        return found
-
-    return write
+def ablation(name: str, rows: pd.DataFrame, runs: tables.Runs) -> dict[str, str]:
+    """Return the tables of one method's ablations."""
+    labels = list(STUDIES[name].rows)
+    if STUDIES[name].spec == "in_domain":
+        return {f"ablation-{name}": tables.long_horizons(rows, labels, "mse")}
+    found = {f"ablation-{name}": tables.relative_scores(rows, labels, ("mse", "wql"))}
+    if name == "fedal":
+        found["ablation-fedal-reconstruction"] = tables.reconstruction(rows, labels)
+    return found
 
 
 WRITERS = {
     "many-domains": many_domains,
     "reconstruction": reconstruction,
     "in-domain": in_domain,
-    **{name: _ablation(name) for name in ("fedtrl", "fedal", "ffts", "drift", "fedpm")},
+    **{name: partial(ablation, name) for name in ("fedtrl", "fedal", "ffts", "drift", "fedpm")},
 }
-
-
-def machine(runs: tables.Runs, rows: pd.DataFrame, seeds: int) -> str:
-    """Return one line on command, machine and code."""
-    about = RunFolder(next(iter(runs.values())).folder).about()
-    name = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
-    commits = ", ".join(sorted({str(code)[:12] for code in rows.code}))
-    what = f"precision {about['precision']}, kernels {about.get('kernels', 'torch')}"
-    return f"Seeds 0 to {seeds - 1}; {name}, {os.cpu_count()} cores, torch {torch.__version__}, {what}; code {commits}."
 
 
 def main() -> None:
@@ -147,6 +134,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--page", type=Path, default=PAGE, help="the page whose tables are written")
     arguments = parser.parse_args()
+    unknown = set(arguments.rows or ()) - {label for name in arguments.studies for label in STUDIES[name].rows}
+    if unknown:
+        parser.error(f"no row {', '.join(sorted(unknown))} in {', '.join(arguments.studies)}")
     for name in arguments.studies:
         study = STUDIES[name]
         seeds = arguments.seeds or study.seeds
@@ -162,7 +152,7 @@ def main() -> None:
         RESULTS.mkdir(exist_ok=True)
         rows.to_parquet(RESULTS / f"{name}.parquet")
         found = WRITERS[name](rows, runs)
-        tables.write({**found, f"set-up-{name}": machine(runs, rows, seeds)}, arguments.page)
+        tables.write({**found, f"set-up-{name}": tables.set_up(runs.values(), rows.code, seeds)}, arguments.page)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,15 @@ class Study:
         Seeds a row.
     overrides
         Assignments for all rows.
+    folder
+        Folder of the runs, where overrides make them others than the spec's; the spec's name when empty.
     """
 
     spec: str
     rows: Mapping[str, Row]
     seeds: int = 3
     overrides: tuple[str, ...] = ()
-    folder: str = field(default="")
+    folder: str = ""
 
     def path(self) -> Path:
         """Return the file of the spec."""
@@ -67,7 +69,7 @@ FORECASTERS = {
     "fedprox": _row("fedprox"),
     "scaffold": _row("scaffold"),
     "feddyn": _row("feddyn"),
-    "fedper": _row("fedper"),
+    "fedper": _row("fedper", serving="mixture"),
     "fedavg_encoder": _row("fedavg_encoder", serving="mixture"),
     "ffts": _row("ffts"),
     "fedal": _row("fedal", *MASKED),
@@ -75,13 +77,15 @@ FORECASTERS = {
     "central": _row("central", *PROBED),
     "central_balanced": _row("central_balanced"),
     "local": _row("local", serving="mixture"),
+    # FeDaL is a reconstructor: what that alone does to its forecasts, FedAvg of the same reconstructor shows.
+    "fedavg, masked": _row("fedavg", *MASKED),
 }
 
 # The same reconstructor for all but FFTS, which has its own and learns to forecast beside it.
 RECONSTRUCTORS = {
     "local, masked": _row("local", *MASKED, serving="each"),
     "central, masked": _row("central", *MASKED),
-    "fedavg, masked": _row("fedavg", *MASKED),
+    "fedavg, masked": FORECASTERS["fedavg, masked"],
     "fedprox, masked": _row("fedprox", *MASKED),
     "fedtrl, masked": _row("fedtrl", *MASKED, serving="shadow"),
     "ffts": FORECASTERS["ffts"],
@@ -89,7 +93,7 @@ RECONSTRUCTORS = {
 }
 
 # One linear layer from all tokens to all points would be 10.6 million weights at 816 points.
-IN_DOMAIN = {**{name: Row(row.method) for name, row in FORECASTERS.items()}, "ffts": _row("ffts", head="patch")}
+IN_DOMAIN = {**{name: Row(row.method) for name, row in FORECASTERS.items() if name != "fedavg, masked"}, "ffts": _row("ffts", head="patch")}
 IN_DOMAIN["fedal"] = _row("fedal", *MASKED, coreset=32, match_steps=10, refresh=10)  # core-sets take most of its time
 # Scored once: it is the same for all rows.
 IN_DOMAIN["fedavg"] = _row("fedavg", 'evaluation.baselines=["seasonal_naive"]')

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ import pandas as pd
 
 from benchmarks.tables import markdown
 from fedcast.evaluate.statistics import geometric_mean, paired_difference, relative
+from fedcast.methods.base import METHODS
 from fedcast.run.diagnose import conflict_rows
 from fedcast.run.folder import RunFolder
 from fedcast.run.pretrain import Run
 
 REFERENCE = "seasonal_naive"
 MAIN = "fedtrl"
+BOUNDS = ("fedpm, oracle",)
 Runs = Mapping[tuple[str, int], Run]
 _NAMES = {"mse": "MSE", "mae": "MAE", "mase": "MASE", "wql": "WQL", "reconstruction_mse": "MSE", "reconstruction_nmse": "window units"}
 
@@ -30,7 +32,7 @@ def relative_scores(rows: pd.DataFrame, labels: Sequence[str], metrics: Sequence
         own = scores[scores.model == label]
         cells = [_spread(own[own.held_out == held], m) for held in (True, False) for m in metrics]
         body.append([label, *cells, f"{own[own.held_out].coverage80.astype(float).mean():.3f}"])
-    return markdown(header, _best_in_bold(body))
+    return markdown(header, _best_in_bold(header, body))
 
 
 def reconstruction(rows: pd.DataFrame, labels: Sequence[str]) -> str:
@@ -43,7 +45,8 @@ def reconstruction(rows: pd.DataFrame, labels: Sequence[str]) -> str:
         cells = [_spread(own[own.held_out == held], "reconstruction_mse") for held in (False, True)]
         cells += [_spread(own[own.held_out == held], "reconstruction_nmse", np.mean) for held in (False, True)]
         body.append([label, *cells, *(f"{geometric_mean(own[~own.held_out][name].astype(float)):.3f}" for name in ratios)])
-    return markdown([*header, *(f"{name.split('_')[-1]} %" for name in ratios)], _best_in_bold(body))
+    header += [f"{name.split('_')[-1]} %" for name in ratios]
+    return markdown(header, _best_in_bold(header, body))
 
 
 def long_horizons(rows: pd.DataFrame, labels: Sequence[str], metric: str) -> str:
@@ -56,7 +59,8 @@ def long_horizons(rows: pd.DataFrame, labels: Sequence[str], metric: str) -> str
         mean = seeds[label]
         spread = f" ± {mean.std(ddof=1):.3f}" if len(mean) > 1 and label != REFERENCE else ""
         body.append([label, *(f"{means[label, name]:.3f}" for name in sets), f"{mean.mean():.3f}{spread}"])
-    return markdown(["model", *sets, "mean"], _best_in_bold(body))
+    header = ["model", *sets, "mean"]
+    return markdown(header, _best_in_bold(header, body))
 
 
 def by_horizon(rows: pd.DataFrame, labels: Sequence[str], metric: str) -> str:
@@ -68,10 +72,12 @@ def by_horizon(rows: pd.DataFrame, labels: Sequence[str], metric: str) -> str:
     return markdown(["set", "horizon", *labels], body)
 
 
-def _best_in_bold(body: list[list[str]]) -> list[list[str]]:
-    """Put the smallest number of each column in bold; the seasonal naive row does not compete."""
-    for column in range(1, len(body[0])):
-        values = [np.nan if row[0] == REFERENCE else _number(row[column]) for row in body]
+def _best_in_bold(header: Sequence[str], body: list[list[str]]) -> list[list[str]]:
+    """Put the smallest error of each column in bold; the seasonal naive row and bounds that nobody could know do not compete."""
+    for column, name in enumerate(header):
+        if column == 0 or name.startswith("coverage80"):
+            continue
+        values = [np.nan if row[0] in (REFERENCE, *BOUNDS) else _number(row[column]) for row in body]
         if np.isfinite(values).any():
             best = int(np.nanargmin(values))
             body[best][column] = f"**{body[best][column]}**"
@@ -150,7 +156,10 @@ def costs(runs: Runs, labels: Sequence[str]) -> str:
         seconds = np.median([r["seconds"] for r in rounds])
         best = min(v["mean"] for v in run.rows("validation"))
         sizes = [f"{int(row.parameters):,}", f"{int(row.parameters_sent):,}", str(row.gradient_steps)]
-        body.append([label, f"{up:,.0f}", f"{down:,.0f}", *sizes, f"{row.bytes_total / 1e6:,.1f}", f"{seconds:.2f}", f"{best:.3f}"])
+        sent = [f"{up:,.0f}", f"{down:,.0f}", *sizes[:2], f"{row.bytes_total / 1e6:,.1f}"]
+        if METHODS[row.method].pooled:  # its data were sent, and no weights
+            sent = ["-", "-", sizes[0], "-", "-"]
+        body.append([label, *sent[:4], sizes[2], sent[4], f"{seconds:.2f}", f"{best:.3f}"])
     return markdown(header, body)
 
 
@@ -165,6 +174,17 @@ def conflict(runs: Runs, labels: Sequence[str]) -> str:
         for number in rounds
     ]
     return markdown(header, body)
+
+
+def set_up(runs: Iterable[Run], codes: Iterable[object], seeds: int) -> str:
+    """Return one line on seeds, the machine that trained, and code."""
+    about = [RunFolder(run.folder).about() for run in runs]
+
+    def all_of(key: str) -> str:
+        return " and ".join(sorted({str(each.get(key, "torch")) for each in about}))
+
+    what = f"{all_of('processor')}, torch {all_of('torch')}, precision {all_of('precision')}, kernels {all_of('kernels')}"
+    return f"Seeds 0 to {seeds - 1}; {what}; code {', '.join(sorted({str(code)[:12] for code in codes}))}."
 
 
 def write(tables: Mapping[str, str], page: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedcast.errors import SpecError, UnknownNameError
 
@@ -148,6 +148,13 @@ class EvaluationSpec(_Section):
         ge=0,
         description="forecasts a domain kept for the report; they leave the site together with their truth, so keep 0 for private data",
     )
+
+    @field_validator("horizons")
+    @classmethod
+    def _distinct(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("a horizon stands twice")
+        return value
 
 
 class RunSpec(_Section):

@@ -41,8 +41,8 @@ def test_when_a_set_is_loaded_then_its_split_and_scale_are_the_benchmarks(
     assert abs(int(splits.validation_end[0]) - validation) <= 1
     for number in range(len(store)):
         part = store.series(number)[:train].astype(np.float64)
-        assert abs(part.mean()) < 1e-3
-        assert abs(part.std() - 1) < 1e-3
+        assert abs(part.mean()) < 1e-5
+        assert abs(part.std() - 1) < 1e-5
 
 
 def test_when_sets_are_pooled_then_each_series_keeps_the_split_of_its_own_set() -> None:

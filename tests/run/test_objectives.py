@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from tests.federations import DOMAINS, HELD_OUT, small_spec, train_small
 
-from fedcast.errors import SpecError
+from fedcast.errors import FedcastError, SpecError
 from fedcast.evaluate.statistics import geometric_mean
 from fedcast.models.forecaster import Forecaster
 from fedcast.report.tables import score_table
 from fedcast.run.pretrain import pretrain
-from fedcast.spec import RunSpec
+from fedcast.spec import RunSpec, parse_spec
 
 ERRORS = [f"reconstruction_mse_{ratio}" for ratio in (15, 30, 45, 60, 75)]
 
@@ -55,6 +55,20 @@ def test_when_a_method_has_a_model_that_reconstructs_nothing_then_the_objective_
     with pytest.raises(SpecError, match="'fedpm' reconstructs nothing"):
         pretrain(spec, output=tmp_path / "run")
 
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(("horizons", "error", "words"), [((8, 8), "spec", "stands twice"), ((8, 20_000), "split", "holds 20000 steps")])
+def test_when_a_horizon_cannot_be_scored_then_it_is_refused_before_anything_trains(
+    horizons: tuple[int, ...], error: str, words: str, tmp_path: Path
+) -> None:
+    document = small_spec("fedavg").to_dict()
+    document["evaluation"]["horizons"] = list(horizons)
+
+    with pytest.raises(FedcastError, match=words) as caught:
+        pretrain(parse_spec(document), output=tmp_path / "run")
+
+    assert caught.value.code == error
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

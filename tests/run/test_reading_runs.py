@@ -141,6 +141,18 @@ def test_when_a_run_is_served_otherwise_then_it_scores_as_if_it_had_been_trained
         serve_otherwise(RunFolder(runs["fedavg"].folder), "each")
 
 
+def test_when_several_horizons_are_served_otherwise_then_each_row_keeps_its_own(tmp_path: Path) -> None:
+    spec = small_spec("fedtrl", rounds=1)
+    run = train_small(spec.model_copy(update={"evaluation": spec.evaluation.model_copy(update={"horizons": (8, 16)})}), tmp_path)
+
+    again, rows = serve_otherwise(RunFolder(run.folder), "mixture"), run.results()
+
+    own = rows[rows.model == rows.method].reset_index(drop=True)
+    assert np.allclose(again.mse.astype(float), own.mse.astype(float), rtol=1e-4)
+    with pytest.raises(RunError, match="quantise nothing"):
+        serve_otherwise(RunFolder(run.folder), "quantisation")
+
+
 def test_when_the_best_expert_is_known_by_its_test_error_then_it_is_at_most_their_mean(runs: dict[str, Run], tmp_path: Path) -> None:
     memories = train_small(small_spec("fedpm", rounds=1), tmp_path)
     for run in (runs["fedtrl"], memories):

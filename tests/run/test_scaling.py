@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.federations import small_spec, train_small
-from tests.scaling_runs import POINTS, SHARES, curve, share_runs, share_spec, write_run
+from tests.scaling_runs import POINTS, SHARES, curve, prox_runs, share_runs, share_spec, write_run
 
 from fedcast.errors import RunError, SplitError, UnknownNameError
 from fedcast.run.compare import compare
-from fedcast.run.scaling import LEAST_EXPONENT, fit_power_law, scaling
+from fedcast.run.scaling import MIN_EXPONENT, fit_power_law, scaling
 from fedcast.spec import RunSpec, parse_spec
 
 
@@ -66,10 +66,20 @@ def test_when_noise_hides_the_curve_then_its_exponent_is_not_identified() -> Non
     x = np.repeat([1.0, 2.0, 4.0, 8.0], 3)
     clear = fit_power_law(x, 0.5 + 0.5 / x + rng.normal(0, 0.002, 12))
     assert clear.intervals["p"] is not None
-    assert LEAST_EXPONENT < clear.intervals["p"][0] < 1 < clear.intervals["p"][1]
+    assert MIN_EXPONENT < clear.intervals["p"][0] < 1 < clear.intervals["p"][1]
     assert fit_power_law(x, 0.5 + 0.02 / x + rng.normal(0, 0.1, 12)).intervals["p"] is None
-    with pytest.raises(RunError, match="too few"):
+    with pytest.raises(RunError, match="3 values are too few"):
         fit_power_law(x[:9], x[:9])
+    for points in ((x - 1, x), (x, x - 2)):
+        with pytest.raises(RunError, match="positive values"):
+            fit_power_law(*points)
+
+
+def test_when_a_value_is_zero_then_the_scores_stand_without_a_curve(tmp_path: Path) -> None:
+    found = scaling(prox_runs(tmp_path), "method.mu")
+    assert found.points["x"].tolist() == [0, 0.01, 0.1, 1] * 2
+    assert set(found.fits.values()) == {None}
+    assert found.notes == ("no curve is fitted: x^-p has no value at method.mu = 0",)
 
 
 def test_when_runs_differ_in_their_share_then_points_and_curve_are_over_training_points(tmp_path: Path) -> None:
@@ -123,18 +133,23 @@ def test_when_runs_cannot_be_compared_then_the_error_names_what_differs(tmp_path
     for words, run in bad.items():
         with pytest.raises(RunError, match=words):
             scaling([*runs, run], "data.share")
-    with pytest.raises(RunError, match="one run"):
+    with pytest.raises(RunError, match=r"at least two values of data\.share"):
         scaling(runs[:1], "data.share")
     with pytest.raises(RunError, match=r"all runs have training\.batch_size = 8"):
         scaling(runs, "training.batch_size")
-    for key, words in {"data.partition": "'domain', no number", "seed": "repeats", "data.clients": "says nothing"}.items():
-        with pytest.raises(RunError, match=words):
+    for key, words in {"data.partition": "'domain', no number", "seed": "in seed: it is no axis", "data.clients": "says nothing"}.items():
+        with pytest.raises(RunError, match=words) as refused:
             scaling(runs, key)
+        assert ("`fedcast init --keys` lists all" in refused.value.hint) == (key != "data.clients")
     with pytest.raises(UnknownNameError) as caught:
         scaling(runs, "data.shares")
-    assert "data.share" in caught.value.hint
-    with pytest.raises(UnknownNameError, match="coverage80"):
+    assert caught.value.hint == "did you mean 'data.share'?"
+    with pytest.raises(UnknownNameError) as caught:
+        scaling(runs, "zzz")
+    assert caught.value.hint == "name a numeric key, such as data.share; `fedcast init --keys` lists all"
+    with pytest.raises(UnknownNameError, match="coverage80 is no error relative to seasonal naive") as caught:
         scaling(runs, "data.share", metric="coverage80")
+    assert caught.value.hint == "choose one of mse, mae, mase, smape, wql"
 
 
 def test_when_a_run_trains_on_a_share_then_only_that_is_counted_and_the_same_windows_are_scored(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedcast.data.windows import Batch, Windows
-from fedcast.errors import ModelError
 from fedcast.models.base import QUANTILES, ModelConfig, Output
 from fedcast.tasks.reconstruct import RATIOS, ReconstructTask, reconstruction_mse, whole_windows
 
@@ -92,8 +93,20 @@ def test_when_reconstructions_are_scored_then_hidden_observed_points_count_at_fi
     assert all(torch.equal(a, b) for a, b in zip(model.hidden, again.hidden, strict=True))
 
 
-def test_when_nothing_can_be_hidden_then_that_is_said() -> None:
+def test_when_only_a_part_may_count_then_errors_before_it_do_not() -> None:
+    context, target = random(40, 16), random(40, 8, seed=1)
+    since = torch.arange(40) % 20 - 12  # from 12 steps before the first target to 7 after it
+    model = _Fills(1.0)
+    scores = reconstruction_mse(model, batch_of(context, target), torch.ones(40), since)
+    whole = torch.cat((context, target), dim=1)
+    late = torch.arange(24) - 16 >= since.unsqueeze(1)
+    for name, hidden in zip(scores, model.hidden, strict=False):
+        points = hidden.repeat_interleave(PATCH, dim=1) & late
+        assert scores[name] == pytest.approx(float((1 - whole[points]).square().mean()), rel=1e-5)
+
+
+def test_when_no_hidden_point_counts_then_there_is_no_score() -> None:
     context = torch.full((2, 16), torch.nan)
     context[:, -1] = 1.0
-    with pytest.raises(ModelError, match="no window"):
-        reconstruction_mse(_Fills(0.0), batch_of(context, torch.full((2, 8), torch.nan)), torch.ones(2))
+    scores = reconstruction_mse(_Fills(0.0), batch_of(context, torch.full((2, 8), torch.nan)), torch.ones(2))
+    assert all(math.isnan(value) for value in scores.values())

@@ -4,8 +4,9 @@ A domain counts as a set of *recordings*, whatever was cut from them: ETTh1 is e
 data is the mean of the meters of ECL, so these are one recording each. ``leakage.toml`` holds the recordings and, for the training corpora
 of published models, which of them they contain, each entry with the place where that was read.
 
-``"seen"`` says that any recording of a domain is among those trained on. It says so of a domain that a run trained on too, though its test
-windows lie later in time than all that was trained on. ``"unknown"`` is a value of its own, never a guess.
+``"seen"`` says that any recording of a domain is among those trained on. It says so of a domain that a run trained on too. Within a source
+its test windows lie later in time than all that was trained on; across sources they may have been trained on themselves.
+``"unknown"`` is a value of its own, never a guess.
 """
 
 from __future__ import annotations

@@ -105,10 +105,11 @@ def split_store(store: SeriesStore, data: DataSpec, horizon: int) -> Splits:
     """
     validation: float | NDArray[np.float64] = data.validation
     if data.source == "ltsf":
-        if (data.validation, data.test) != (0.1, 0.2):
-            raise SpecError("the source 'ltsf' has the split of its benchmark", hint="leave out data.validation and data.test")
-        from fedcast.data.sources.ltsf import VALIDATION  # needs scipy's signal processing, which other sources do not
+        # needs scipy's signal processing, which other sources do not
+        from fedcast.data.sources.ltsf import DEFAULT_VALIDATION, TEST, VALIDATION
 
+        if (data.validation, data.test) != (DEFAULT_VALIDATION, TEST):
+            raise SpecError("the source 'ltsf' has the split of its benchmark", hint="leave out data.validation and data.test")
         validation = np.array([VALIDATION.get(name, data.validation) for name in store.domain_names])[store.domain]
     splits = split_by_time(store, horizon=horizon, validation=validation, test=data.test)
     if data.share == 1:

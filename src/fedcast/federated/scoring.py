@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from fedcast.data.splits import Splits
+from fedcast.data.splits import Splits, train_scale
 from fedcast.data.store import SeriesStore
 from fedcast.data.windows import Batch, WindowSampler
 from fedcast.evaluate.baselines import baseline_forecast
@@ -37,7 +38,12 @@ class SiteScores:
         if self._validation is None:
             windows = self._sampler.evaluation("validation", self._spec.evaluation.validation_windows)
             self._validation = self._sampler.gather(windows).to(model.device)
-        return task.validate(model, self._validation) if len(self._validation.windows) else None
+        batch = self._validation
+        return task.validate(model, batch, self._since(batch, self._splits.train_end)) if len(batch.windows) else None
+
+    def _since(self, batch: Batch, start: NDArray[np.int64]) -> Tensor:
+        """Return where a part of the series starts, int64 [B], in steps from each window's first target; contexts reach back before it."""
+        return torch.from_numpy(start[batch.windows.series] - batch.windows.end)
 
     def test(self, model: PatchTransformer | DomainMixture, *, baselines: bool) -> dict[str, Any]:
         """Return test scores of a model, of the spec's baselines where asked, and forecasts for the report where the spec keeps some.
@@ -53,8 +59,8 @@ class SiteScores:
             test = self._windows(horizon)
             point, quantiles = forecast_windows(model, test.context, horizon)
             scores = score(test, point, quantiles)
-            if horizon == self._spec.model.horizon and isinstance(model, Reconstructor) and len(test):
-                scores |= self._reconstruction(model, test)
+            if horizon == horizons[-1] and isinstance(model, Reconstructor):
+                scores |= self._reconstruction(model)
             own = {name: score(test, *baseline_forecast(name, test)) for name in self._spec.evaluation.baselines} if baselines else {}
             answer["results"].append({"horizon": horizon, "windows": len(test), "scores": scores, "baselines": own})
             if baselines and horizon == horizons[0]:
@@ -69,15 +75,18 @@ class SiteScores:
             )
         return self._test[horizon]
 
-    def _reconstruction(self, model: Reconstructor, test: EvaluationSet) -> dict[str, float]:
-        """Return the reconstruction error of the test windows over five mask ratios.
+    def _reconstruction(self, model: Reconstructor) -> dict[str, float]:
+        """Return the reconstruction error of the test windows over five mask ratios, at points of the test part alone.
 
         ``reconstruction_mse`` is standardised as ``mse`` is, ``reconstruction_nmse`` by each window's own deviation: a window far from
         the train part's level weighs no more there than another one.
         """
-        batch = self._sampler.gather(self._sampler.evaluation("test", self._spec.evaluation.windows)).to(model.device)
-        errors = reconstruction_mse(model, batch, torch.from_numpy(test.scale).to(model.device))
-        own = reconstruction_mse(model, batch, window_deviation(batch))["mse"]
+        windows = self._sampler.evaluation("test", self._spec.evaluation.windows)
+        batch = self._sampler.gather(windows).to(model.device)
+        _, scale = train_scale(self._store, self._splits)
+        since = self._since(batch, self._splits.validation_end)
+        errors = reconstruction_mse(model, batch, torch.from_numpy(scale[windows.series]).to(model.device), since)
+        own = reconstruction_mse(model, batch, window_deviation(batch), since)["mse"]
         return {**{f"reconstruction_{name}": value for name, value in errors.items()}, "reconstruction_nmse": own}
 
     def _samples(self, test: EvaluationSet, point: NDArray[np.float32], quantiles: NDArray[np.float32]) -> list[dict[str, Any]]:

@@ -48,8 +48,6 @@ class DomainMixture(nn.Module):
     ----------
     config
         Shape of every expert.
-    by_forecasts
-        Whether windows weight experts by their forecasts even where the architecture has an error of its own.
     """
 
     def __init__(self, experts: dict[str, PatchTransformer]) -> None:
@@ -59,7 +57,6 @@ class DomainMixture(nn.Module):
         self.names = list(experts)
         self.experts = nn.ModuleList(experts.values())
         self.config: ModelConfig = next(iter(experts.values())).config
-        self.by_forecasts = False
 
     @classmethod
     def of(cls, config: ModelConfig, states: dict[str, dict[str, Tensor]], shared: Sequence[str]) -> Self:
@@ -133,7 +130,7 @@ class DomainMixture(nn.Module):
             As in :meth:`PatchTransformer.normalised`.
         """
         own = [error for i in range(len(self.experts)) if (error := self._expert(i).window_errors(context, mask)) is not None]
-        if own and not self.by_forecasts:
+        if own:
             least = torch.stack(own, dim=1)  # [B, K]
             chosen = (least == least.amin(dim=1, keepdim=True)).float()
             return chosen / chosen.sum(dim=1, keepdim=True)

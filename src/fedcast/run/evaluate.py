@@ -15,7 +15,7 @@ from fedcast.data.frames import read_frame
 from fedcast.data.leakage import WITHOUT_TRAINING, Exposure, exposures
 from fedcast.data.splits import split_store
 from fedcast.data.store import SeriesStore
-from fedcast.errors import ModelError, UnknownNameError
+from fedcast.errors import ModelError, SplitError, UnknownNameError
 from fedcast.evaluate.baselines import baseline_forecast
 from fedcast.evaluate.metrics import score
 from fedcast.evaluate.windows import evaluation_set
@@ -104,9 +104,10 @@ def _load(data: str, domains: Sequence[str], columns: Mapping[str, str | None]) 
 
 @dataclass(frozen=True)
 class _Origin:
-    """What is known of how a model was trained: the split of the series, and the domains; ``None`` where it cannot be known."""
+    """What is known of how a model was trained: the split of the series, horizon and domains; ``None`` where it cannot be known."""
 
     split: DataSpec
+    horizon: int | None = None
     trained: frozenset[str] | None = None
     seed: int | None = None
 
@@ -116,10 +117,10 @@ class _Origin:
         if spec is None:
             return cls(split)
         trained = frozenset(split_domains(spec.data)[0]) if spec.data.source == source else None
-        # The run's own split: with another one, test windows could lie in what it was trained on. The benchmark has one of its own.
+        # The run's own split and horizon: with others, test windows could lie in what it was trained on. The benchmark has its own.
         if source != "ltsf":
             split = split.model_copy(update={"validation": spec.data.validation, "test": spec.data.test})
-        return cls(split, trained, spec.seed)
+        return cls(split, spec.model.horizon, trained, spec.seed)
 
 
 def _score_domain(
@@ -127,8 +128,10 @@ def _score_domain(
 ) -> list[dict[str, Any]]:
     start = perf_counter()
     context = forecaster.model.config.context
-    splits = split_store(store, origin.split, horizon)
+    splits = split_store(store, origin.split, origin.horizon or horizon)
     test = evaluation_set(store, splits, "test", context=context, horizon=horizon, limit=windows)
+    if not len(test):
+        raise SplitError(f"no test part of domain {domain!r} holds {horizon} steps", hint="lower --horizon, or give longer series")
     forecast = forecaster.predict_arrays(test.context, horizon)
     scored = {"model": score(test, forecast.point, forecast.quantiles)}
     scored |= {name: score(test, *baseline_forecast(name, test)) for name in baselines}

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedcast.data.catalogue import load_domains, split_domains
 from fedcast.data.partition import partition
-from fedcast.data.splits import MIN_CONTEXT, split_store
+from fedcast.data.splits import MIN_CONTEXT, Splits, split_store
 from fedcast.data.store import SeriesStore
 from fedcast.data.windows import WindowSampler
 from fedcast.errors import SpecError, SplitError
@@ -93,6 +93,9 @@ def prepare(spec: RunSpec, method: Method) -> Prepared:
     stores |= {name: loaded[name] for name in others if name != POOL}
     # Every site is looked at before anything trains: a domain that is too short must not fail at the end of a long run.
     samplers = {name: _sampler(name, stores[name], spec) for name in roles}
+    for name, role in sorted(roles.items()):
+        if role.evaluates:
+            _check_scored(name, stores[name], samplers[name].splits, spec)
     if spec.evaluation.conflict:
         trains = {name: role.trains for name, role in roles.items() if role.evaluates and not role.held_out}
         check_reportable(spec, method, trains, samplers)
@@ -121,6 +124,15 @@ def _sampler(site: str, store: SeriesStore, spec: RunSpec) -> WindowSampler:
     except SplitError as error:
         raise SplitError(f"site {site}: {error.message}", hint=error.hint) from error
     return WindowSampler(store, splits, context=spec.model.context, horizon=spec.model.horizon)
+
+
+def _check_scored(site: str, store: SeriesStore, splits: Splits, spec: RunSpec) -> None:
+    for horizon in spec.evaluation.horizons:
+        if not len(WindowSampler(store, splits, context=spec.model.context, horizon=horizon).evaluation("test", 1)):
+            raise SplitError(
+                f"site {site}: no test part holds {horizon} steps",
+                hint="take that horizon out of evaluation.horizons, or raise model.horizon or data.test",
+            )
 
 
 def _check_used(site: str, sampler: WindowSampler, spec: RunSpec) -> None:

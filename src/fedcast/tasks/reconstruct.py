@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
@@ -83,11 +84,11 @@ class ReconstructTask:
         error, quantile = self.loss(output, values, mask, hidden)
         return error + quantile, output
 
-    def validate(self, model: PatchTransformer, batch: Batch) -> float:
-        """Return the mean squared error over five mask ratios, in standard deviations of each window."""
+    def validate(self, model: PatchTransformer, batch: Batch, since: Tensor) -> float:
+        """Return the mean squared error over five mask ratios, in standard deviations of each window; see :func:`reconstruction_mse`."""
         if not isinstance(model, Reconstructor):
             raise ModelError(f"the architecture {model.architecture!r} reconstructs nothing", hint="set model.objective = 'forecast'")
-        return reconstruction_mse(model, batch, window_deviation(batch))["mse"]
+        return reconstruction_mse(model, batch, window_deviation(batch), since)["mse"]
 
     def loss(self, output: Output, values: Tensor, mask: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return squared error and weighted pinball loss, a scalar each; 0 where no observed point is hidden.
@@ -133,6 +134,7 @@ def reconstruction_mse(
     model: Reconstructor,
     batch: Batch,
     scale: Tensor,
+    since: Tensor | None = None,
     *,
     ratios: Sequence[float] = RATIOS,
     seed: int = 0,
@@ -149,6 +151,9 @@ def reconstruction_mse(
         Windows; context and target are reconstructed as one.
     scale
         [B]: what the windows' series are standardised by; errors are in this unit.
+    since
+        int64 [B]: the first step whose error counts, from the first target step on; negative: in the context. What lies before it the
+        model may have been trained to reconstruct. All steps where absent.
     ratios
         Mask ratios.
     seed
@@ -157,24 +162,21 @@ def reconstruction_mse(
     Returns
     -------
     dict
-        ``"mse_15"`` for a ratio of 0.15, and so on, and ``"mse"``.
-
-    Raises
-    ------
-    ModelError
-        When no window has a hidden observed point.
+        ``"mse_15"`` for a ratio of 0.15, and so on, and ``"mse"``, the mean of those that exist; NaN where no hidden point counts.
     """
     patch = model.config.patch
     values, mask = whole_windows(batch, patch)
     usable = observed_patches(mask, patch)
+    context = batch.context.shape[1]
+    steps = torch.arange(values.shape[1], device=mask.device) - (context + -context % patch)  # 0: the first target
+    judged = mask if since is None else mask & (steps >= since.to(mask.device).unsqueeze(1))
     scores: dict[str, float] = {}
     with torch.inference_mode():
         for number, ratio in enumerate(ratios):
             hidden = patch_mask(usable, ratio, torch.Generator().manual_seed(1000 * seed + number))
-            counted = mask & spread(hidden, patch)
-            if not bool(counted.any()):
-                raise ModelError("no window has two patches with observed points", hint="score longer windows")
+            counted = judged & spread(hidden, patch)
             error = (model.fill(values, mask, hidden).double() - values) / scale.unsqueeze(1)
             scores[f"mse_{round(100 * ratio)}"] = float(error[counted].square().mean())
-    scores["mse"] = sum(scores.values()) / len(ratios)
+    found = [value for value in scores.values() if isfinite(value)]
+    scores["mse"] = sum(found) / len(found) if found else float("nan")
     return scores

@@ -1,9 +1,10 @@
 """The long-term forecasting benchmark (LTSF), as Autoformer's and Informer's data loaders prepare it.
 
-Seven sets, a domain each, by the protocol of FeDPM (fedpm.md B.5): ETT split into 12, 4 and 4 months, the others 70/10/20; every channel is
-standardised by mean and deviation of its train part. ``electricity`` is a substitute: the 321 meters of the original (ECL) cannot be had
-here, so the hourly demand of 12 French regions stands in, as many hours. ``weather`` keeps its rows as they are, the -9999 for a missing
-value included, because the published numbers do. Channels are series: models here are channel-independent.
+Seven sets, a domain each, by the protocol of FeDPM (fedpm.md B.5): ETT split into 12, 4 and 4 months, the others 70/10/20 (shares are
+rounded here and cut there, so parts begin within a step of theirs); every channel is standardised by mean and deviation of its train
+part. ``electricity`` is a substitute: the 321 meters of the original (ECL) cannot be had here, so the hourly demand of 12 French regions
+stands in, as many hours. ``weather`` keeps its rows as they are, the -9999 for a missing value included, because the published numbers do.
+Channels are series: models here are channel-independent.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from fedcast.data.sources.dataset import Dataset
 from fedcast.data.sources.raw import Series, columns_of, read_csv
 
 VALIDATION = {"etth1": 0.2, "etth2": 0.2, "ettm1": 0.2, "ettm2": 0.2}
-"""Share of validation where it is not the default 0.1; the test part is 0.2 everywhere."""
+"""Share of validation where it is not the default."""
 
-_VALIDATION, _TEST = 0.1, 0.2
+DEFAULT_VALIDATION, TEST = 0.1, 0.2
 _MONTHS = 20  # of ETT: 12, 4 and 4; what comes later is never used
 _ECL_HOURS = 26_304
 Reader = Callable[[Path], list[Series]]
@@ -47,10 +48,12 @@ def _demand(root: Path) -> list[Series]:
 
 
 def _standardised(domain: str, read: Reader) -> Reader:
-    train = 1 - _TEST - VALIDATION.get(domain, _VALIDATION)
+    validation = VALIDATION.get(domain, DEFAULT_VALIDATION)
 
     def standardise(series: Series) -> Series:
-        part = series.values[: round(train * len(series.values))]
+        length = len(series.values)
+        # Cut as split_by_time cuts: the scale must not see a step of validation.
+        part = series.values[: length - round(length * TEST) - round(length * validation)]
         deviation = float(np.nanstd(part))
         return Series(series.id, series.start, (series.values - np.nanmean(part)) / (deviation if deviation > 0 else 1.0))
 
