@@ -21,7 +21,7 @@ from benchmarks.evidence.tables import write
 from benchmarks.tables import markdown
 from fedcast.data.catalogue import split_domains
 from fedcast.report.scaling import write_scaling
-from fedcast.report.tables import PARTS, fit_cells, metric_of, value_cells
+from fedcast.report.tables import FIT_COLUMNS, PARTS, fit_cells, metric_of, value_cells
 from fedcast.run.folder import RunFolder
 from fedcast.run.pretrain import pretrain
 from fedcast.run.scaling import Scaling, scaling
@@ -127,7 +127,7 @@ def tables(curves: Sequence[Scaling]) -> str:
         pieces += [f"### {curve.over}, {curve.method}", "", markdown(columns, rows), ""]
         pieces += [f"{note[:1].upper()}{note[1:]}.\n" for note in curve.notes]
         fits += [[curve.over, curve.method, PARTS[held_out], *fit_cells(fit)] for held_out, fit in curve.fits.items()]
-    columns = ["x", "method", "domains", "E_inf", "a", "p", "R²", "points"]
+    columns = ["x", "method", "domains", *FIT_COLUMNS]
     return "\n".join([*pieces, "### Fits", "", markdown(columns, fits)])
 
 

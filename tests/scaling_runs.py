@@ -51,3 +51,10 @@ def share_runs(folder: Path, shares: tuple[float, ...] = SHARES, seeds: int = 2)
         for share in shares
         for seed in range(seeds)
     ]
+
+
+def prox_runs(folder: Path, values: tuple[float, ...] = (0.0, 0.01, 0.1, 1.0)) -> list[Path]:
+    """Write runs of FedProx that differ in ``mu``."""
+    return [
+        write_run(folder / f"{mu:g}", parse_spec(small_spec("fedprox").to_dict(), [f"method.mu={mu}"]), 0.8 + 0.1 * mu) for mu in values
+    ]

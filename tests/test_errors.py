@@ -41,6 +41,14 @@ def test_when_a_name_is_close_to_nothing_then_all_known_names_are_listed() -> No
     assert UnknownNameError.of("method", "zzz", ["fedtrl", "fedavg"]).hint == "known: fedavg, fedtrl"
 
 
+def test_when_a_name_is_close_to_nothing_of_many_then_the_first_20_are_listed() -> None:
+    names = [f"set{i:03}" for i in range(23)]
+    assert UnknownNameError.of("set", "zzz", names).hint == f"known: {', '.join(names[:20])} and 3 more"
+    assert UnknownNameError.of("set", "zzz", names[:20]).hint == f"known: {', '.join(names[:20])}"
+    assert UnknownNameError.of("set", "zzz", names, otherwise="see the list").hint == "see the list"
+    assert UnknownNameError.of("set", "set0222", names, otherwise="see the list").hint == "did you mean 'set022'?"
+
+
 def test_when_a_frame_has_problems_then_each_is_named_with_place_and_repair() -> None:
     problems = [
         FrameProblem("duplicate-stamps", "two rows share a time stamp", "drop one of them", column="ds", series="T1", row=7, count=2),

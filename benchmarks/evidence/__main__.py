@@ -90,6 +90,7 @@ def reconstruction(rows: pd.DataFrame, runs: tables.Runs) -> dict[str, str]:
             part[~part.held_out], others, ("reconstruction_mse", "reconstruction_nmse"), main="fedal"
         ),
         "reconstruction-costs": tables.costs(runs, labels),
+        "coresets": tables.coresets(runs, "fedal"),
     }
 
 

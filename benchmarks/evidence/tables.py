@@ -12,7 +12,7 @@ import pandas as pd
 from benchmarks.tables import markdown
 from fedcast.evaluate.statistics import geometric_mean, paired_difference, relative
 from fedcast.methods.base import METHODS
-from fedcast.run.diagnose import conflict_rows
+from fedcast.run.diagnose import conflict_rows, coreset_distances
 from fedcast.run.folder import RunFolder
 from fedcast.run.pretrain import Run
 
@@ -174,6 +174,13 @@ def conflict(runs: Runs, labels: Sequence[str]) -> str:
         for number in rounds
     ]
     return markdown(header, body)
+
+
+def coresets(runs: Runs, label: str) -> str:
+    """Return how far core-set vectors lie from their nearest training window, a row a site, all seeds together."""
+    frame = pd.concat([coreset_distances(RunFolder(run.folder)) for (name, _), run in runs.items() if name == label])
+    body = [[str(site), *(f"{part.distance.quantile(q):.2f}" for q in (0.0, 0.25, 0.5, 0.75, 1.0))] for site, part in frame.groupby("site")]
+    return markdown(["site", "nearest", "a quarter", "median", "three quarters", "farthest"], body)
 
 
 def set_up(runs: Iterable[Run], codes: Iterable[object], seeds: int) -> str:

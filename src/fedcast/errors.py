@@ -30,7 +30,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import ClassVar
+from typing import ClassVar, Final
+
+_MOST_NAMES: Final = 20
 
 
 class FedcastError(Exception):
@@ -74,7 +76,7 @@ class UnknownNameError(SpecError):
     exit_code = 11
 
     @classmethod
-    def of(cls, kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
+    def of(cls, kind: str, name: str, known: Iterable[str], *, otherwise: str | None = None) -> UnknownNameError:
         """Build the error from the names that are known, with a suggestion when one is close.
 
         Parameters
@@ -85,10 +87,17 @@ class UnknownNameError(SpecError):
             The unknown name.
         known
             All names that would have been accepted.
+        otherwise
+            The hint where no name is close; by default the first names that are known.
         """
         names = sorted(known)
-        close = get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names) or 'none'}"
+        if close := get_close_matches(name, names, n=1):
+            hint = f"did you mean {close[0]!r}?"
+        elif otherwise is not None:
+            hint = otherwise
+        else:
+            more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+            hint = f"known: {', '.join(names[:_MOST_NAMES]) or 'none'}{more}"
         return cls(f"unknown {kind} {name!r}", hint=hint)
 
 

@@ -32,7 +32,7 @@ def test_when_an_axis_is_run_then_every_value_takes_as_many_steps_in_total(axis:
 
 def test_when_curves_are_fitted_then_the_page_has_a_place_for_their_tables(tmp_path: Path) -> None:
     text = tables([scaling(share_runs(tmp_path), "data.share")])
-    assert "| data.share | training points | seeds | gradient steps | held-out | in-domain |" in text
+    assert "| data.share | training points | seeds | held-out | in-domain |" in text
     assert text.count("| data.share | fedavg |") == 2
     assert "<!-- scaling -->" in PAGE.read_text(encoding="utf-8")
     assert load_spec(SPEC).model.size == "nano"

@@ -19,16 +19,28 @@ def test_when_nothing_is_chosen_then_every_set_has_a_row(fedcast: Call) -> None:
     assert "?: not known" in answer.out
 
 
-def test_when_the_terminal_is_narrow_then_the_corpora_stand_in_words(fedcast: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "90")
-    answer = fedcast("leakage")
-    assert "unseen in every other corpus" in answer.out
-    assert max(len(line) for line in answer.out.splitlines()) <= 90
+@pytest.mark.parametrize(("width", "parts"), [(120, 1), (80, 2), (60, 4)])
+def test_when_the_terminal_is_narrow_then_the_matrix_comes_in_parts_without_a_fold(
+    fedcast: Call, monkeypatch: pytest.MonkeyPatch, width: int, parts: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = fedcast("leakage").out.splitlines()
+    assert max(map(len, lines)) <= width
+    for row in recordings().values():
+        assert len([line for line in lines if line.startswith(f" {row.title} ")]) == parts, row.title
+    assert len(lines) == parts * (len(recordings()) + 5) + 1
+    labels = [part for each in corpora().values() for part in each.label.split()]
+    assert all(part in "\n".join(lines) for part in labels)
 
 
-def test_when_one_is_chosen_then_its_sources_are_shown(fedcast: Call) -> None:
-    assert "scripts/pretrain.sh" in fedcast("leakage", "--corpus", "lag_llama", "--benchmark", "ETTm2").out
-    assert "Time-300B" in fedcast("leakage", "--benchmark", "hospital").out
+def test_when_one_is_chosen_then_its_sources_are_shown_under_what_was_matched(fedcast: Call) -> None:
+    both = fedcast("leakage", "--corpus", "lag_llama", "--benchmark", "ETTm2").out
+    assert "scripts/pretrain.sh" in both
+    assert [line.strip() for line in both.splitlines()[:2]] == ["Lag-Llama corpus; models: Lag-Llama", "ETT, station 2"]
+    assert fedcast("leakage", "--corpus", "timer").out.startswith("UTSD-12G; models: Timer, Timer-XL")
+    one = fedcast("leakage", "--benchmark", "hospital").out
+    assert "Time-300B" in one
+    assert one.startswith("Hospital")
 
 
 def test_when_json_is_asked_for_then_every_entry_has_a_source(fedcast: Call) -> None:

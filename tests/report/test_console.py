@@ -46,6 +46,16 @@ def test_when_a_domain_was_trained_on_under_another_name_then_a_line_says_so() -
     assert "trained on recordings of domain1, domain3" in text_of(results_table(rows.drop(columns="held_out")))
 
 
+def test_when_several_horizons_are_averaged_then_a_line_names_them() -> None:
+    rows = pd.concat([results(4).assign(horizon=horizon, reconstruction_mse=score) for horizon, score in ((192, float("nan")), (96, 0.25))])
+    assert "means over the horizons 96, 192" in text_of(results_table(rows))
+    assert "horizons" not in text_of(results_table(rows[rows.horizon == 96]))
+    reconstructed = text_of(results_table(rows, "reconstruction_mse"))
+    assert "Reconstruction MSE, lower is better" in reconstructed
+    assert "0.25*" in reconstructed
+    assert "horizons" not in reconstructed
+
+
 def test_when_domains_are_many_then_they_are_rows_and_fit_the_width() -> None:
     text = text_of(results_table(results(14)))
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 100

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from markupsafe import escape
+from tests.report.conftest import SPEC
 
 from fedcast.errors import RunError
 from fedcast.report.page import write_report
@@ -122,6 +123,24 @@ def test_when_an_accuracy_has_a_chance_level_then_their_difference_is_drawn(make
     assert "Discriminator chance" not in page
     assert "Feature variance" in page
     assert "Temperature (server)" in page
+
+
+def test_when_a_reconstructing_run_is_scored_at_two_horizons_then_the_page_says_so(make_run: MakeRun) -> None:
+    run = make_run(training=("a", "b"), rounds=1, spec=SPEC + "\n[evaluation]\nhorizons = [48, 96]\n")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    scored = [row | {"horizon": 96} for row in rows if row["kind"] == "result"]
+    scored += [row | ({"reconstruction_mse": 0.375} if row.get("model") == "fedtrl" else {}) for row in rows]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scored), encoding="utf-8")
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "256 → 48, 96" in page
+    tables = re.findall(r'<div data-for-metric="(\w+)"(.*?)</div>\s*<p class="note">([^<]*)<', page, re.DOTALL)
+    assert len(tables) == 2 * 7
+    for metric, table, note in tables:
+        assert ("Scores are means over the horizons 48, 96." in note) == (metric != "reconstruction_mse"), note
+        if metric == "reconstruction_mse":
+            assert re.findall(r">([^<>]+)</td>", table)[0] == "0.375"
+            assert "bad-" not in table
+    assert "reconstruction_mse" not in figures_in(page)["dots"]
 
 
 def test_when_nothing_but_rows_of_another_method_are_there_then_the_page_holds(make_run: MakeRun) -> None:

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedcast.methods.base import describe_methods
 from fedcast.report.tables import (
     format_bytes,
+    format_count,
     format_score,
     format_seconds,
     held_out_mask,
@@ -75,6 +77,15 @@ def test_when_coverage_is_compared_then_the_nearest_to_its_level_is_best() -> No
     assert format_score(0.78, table) == "78 %"
 
 
+def test_when_a_reconstruction_is_scored_then_its_error_is_a_number_and_the_lowest_is_best() -> None:
+    rows = [{"model": m, "domain": "a", "reconstruction_mse": v} for m, v in {"ours": 0.5, "other": 1.25, "seasonal_naive": None}.items()]
+    table = score_table(pd.DataFrame(rows), "reconstruction_mse")
+    assert table is not None
+    assert table.models == ("ours", "other")
+    assert table.best() == {0}
+    assert [format_score(float(value), table) for value in table.mean] == ["0.5", "1.25"]
+
+
 def test_when_a_model_stands_alone_then_nothing_is_called_best() -> None:
     table = score_table(frame(ours={"a": 0.25}))
     assert table is not None
@@ -104,6 +115,7 @@ def test_when_several_models_were_trained_then_the_method_of_the_run_comes_first
 )
 def test_when_bytes_are_written_then_the_unit_fits(count: float, text: str) -> None:
     assert format_bytes(count) == text
+    assert format_count(count) == text.removesuffix("B").replace(" ", "")
 
 
 @pytest.mark.parametrize(
@@ -115,6 +127,7 @@ def test_when_seconds_are_written_then_they_read_as_a_person_says_them(seconds: 
 
 def test_when_names_are_shown_then_they_are_words() -> None:
     assert pretty_name("fedavg_encoder") == "FedAvg, encoder only"
+    assert [str(method["name"]) for method in describe_methods() if pretty_name(str(method["name"])) == method["name"]] == []
     assert pretty_name("my_method") == "my_method"
     assert pretty_key("feature_variance") == "Feature variance"
 

@@ -27,7 +27,7 @@ def spec_keys() -> list[dict[str, str]]:
 
 def readable_type(kind: str) -> str:
     """Return a type's name for a person: ``Literal['a', 'b']`` is ``a|b``, ``tuple[str, ...]`` is ``list of str``."""
-    kind = re.sub(r"Annotated\[(\w+), [^\]]*\]", r"\1", kind)
+    kind = re.sub(r"Annotated\[(\w+), (?:[^\[\]]|\[[^\[\]]*\])*\]", r"\1", kind)
     kind = re.sub(r"Literal\[([^\]]*)\]", lambda found: found.group(1).replace("'", "").replace(", ", "|"), kind)
     kind = re.sub(r"tuple\[(.*), \.\.\.\]", r"list of \1", kind)
     return kind.replace(" | None", "")

@@ -15,4 +15,6 @@ Freq = Annotated[str | None, typer.Option("--freq", help="Pandas frequency such 
 Model = Annotated[
     Path, typer.Option("--model", "-m", help="A run folder (its final model), or a model folder such as runs/demo/best", metavar="DIR")
 ]
-Metric = Annotated[str, typer.Option("--metric", help="Score to show: mse, mae, mase, smape, wql or coverage80", metavar="NAME")]
+Metric = Annotated[
+    str, typer.Option("--metric", help="Score to show: mse, mae, mase, smape, wql, coverage80 or reconstruction_mse", metavar="NAME")
+]

@@ -30,7 +30,7 @@ def compare(
     check_ending(html, ".html")
     check_metric(metric)
     if over is not None:
-        _scale(runs, over, metric, html, output, json)
+        _print_scaling(runs, over, metric, html, output, json)
         return
     if html is not None:
         raise SpecError(
@@ -47,7 +47,7 @@ def compare(
         print_results(rows, metric)
 
 
-def _scale(runs: list[Path], over: str, metric: str, html: Path | None, output: Path | None, json: bool) -> None:
+def _print_scaling(runs: list[Path], over: str, metric: str, html: Path | None, output: Path | None, json: bool) -> None:
     from fedcast.run.scaling import scaling
 
     curve = scaling(runs, over, metric=metric)

@@ -33,7 +33,8 @@ from fedcast.training.backend import Backend
 from fedcast.training.loop import learning_rate, train
 
 _MOMENTS = "moments."
-_METHOD = "method."
+METHOD = "method."
+"""What a method keeps stands under this prefix in a site's state."""
 _AHEAD = 8
 
 
@@ -206,7 +207,7 @@ class Site:
             parameters=workspace.parameters,
             received={name: tensor.to(workspace.device) for name, tensor in task.tensors.items()},
             sampler=self._sampler,
-            state={name.removeprefix(_METHOD): value.to(workspace.device) for name, value in state.items() if name.startswith(_METHOD)},
+            state={name.removeprefix(METHOD): value.to(workspace.device) for name, value in state.items() if name.startswith(METHOD)},
             rng=np.random.default_rng(seed),
             exporting=bool(task.meta.get("export", False)),
             _memory=self._memory,
@@ -221,7 +222,7 @@ class Site:
             yield from self._sampler.gather(self._sampler.draw(size * count, rng)).to(device).split(size)
 
     def _keep(self, round_: int, client: Client, workspace: Workspace, keeps: bool) -> None:
-        state = {f"{_METHOD}{name}": value for name, value in client.state.items()}
+        state = {f"{METHOD}{name}": value for name, value in client.state.items()}
         if workspace.parameters.private.numel():
             state["private"] = workspace.parameters.private
         if keeps:

@@ -17,6 +17,7 @@ from rich.text import Text
 from fedcast.errors import FrameProblem
 from fedcast.report.tables import (
     BASELINES,
+    FIT_COLUMNS,
     NAIVE,
     PARTS,
     ScoreTable,
@@ -24,6 +25,7 @@ from fedcast.report.tables import (
     format_bytes,
     format_score,
     format_seconds,
+    horizons_note,
     is_number,
     metric_of,
     own_models,
@@ -182,7 +184,8 @@ def results_table(results: pd.DataFrame, metric: str = "mse", *, width: int = WI
         return _one_line("no results")
     first = parts[0][1]
     what = f"{first.metric.label} relative to seasonal naive, below 1 is better" if first.relative else first.metric.label
-    what += "" if first.metric.relative else f", {format_score(first.metric.goal, first)} is right"
+    if not first.metric.relative:
+        what += f", {format_score(first.metric.goal, first)} is right" if first.metric.share else ", lower is better"
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, title=what, title_justify="left", title_style="bold", caption_justify="left", caption_style=""
     )
@@ -192,8 +195,8 @@ def results_table(results: pd.DataFrame, metric: str = "mse", *, width: int = WI
     if len(order) > 1:
         means = "; means are geometric" if first.metric.relative else ""
         table.caption = f"{_BEST} best of its {'column' if need <= width else 'row'}{means}{_shared_note(parts)}"
-    if note := _exposure_note(results):
-        table.caption = f"{table.caption}\n{note}" if table.caption else note
+    notes = (table.caption, horizons_note(results, metric), _exposure_note(results))
+    table.caption = "\n".join(str(note) for note in notes if note) or None
     if need <= width:
         _models_as_rows(table, parts, order)
     else:
@@ -206,14 +209,17 @@ def scaling_tables(scaling: Scaling) -> list[Table]:
     metric = metric_of(scaling.metric).label
     title = f"{pretty_name(scaling.method)}: {metric} relative to seasonal naive, geometric mean over domains, below 1 is better"
     columns, rows = value_cells(scaling.points, scaling.over, scaling.axis)
-    fits = [[PARTS[held_out], *fit_cells(fit)] for held_out, fit in sorted(scaling.fits.items(), reverse=True)]
+    fits = [[PARTS[held_out], *fit_cells(fit, "{}\n{}")] for held_out, fit in sorted(scaling.fits.items(), reverse=True)]
     curve = f"E = E_inf + a x^-p, x = {scaling.axis}; 95 % intervals from a bootstrap over the residuals"
-    parts = ((title, columns, rows, ""), (curve, ["domains", "E_inf", "a", "p", "R²", "points"], fits, "\n".join(scaling.notes)))
+    parts = ((title, columns, rows, ""), (curve, ["domains", *FIT_COLUMNS], fits, "\n".join(scaling.notes)))
     tables = []
     for words, names, cells, caption in parts:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=Text(words), title_justify="left", title_style="bold")
+        table = Table(
+            box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=Text(words), title_justify="left", title_style="bold"
+        )
         for i, name in enumerate(names):
-            table.add_column(name, justify="right" if i else "left")
+            # rich breaks lines at a non-breaking space too
+            table.add_column(name, justify="right" if i else "left", overflow="fold", no_wrap=name in PARTS.values())
         for row in cells:
             table.add_row(*row)
         table.caption, table.caption_justify, table.caption_style = Text(caption) if caption else None, "left", ""

@@ -98,7 +98,7 @@ def site_lines(
         style = styles[name]
         figure.add_scatter(
             x=[x for x, _ in points],
-            y=[_clean(y) for _, y in points],
+            y=[clean(y) for _, y in points],
             name=label(name),
             meta=name,
             mode="lines" if len(points) > 1 else "markers",
@@ -199,7 +199,7 @@ def heatmap(matrix: Sequence[Sequence[float]], names: Sequence[str]) -> go.Figur
     shown = [label(names[i], 16) for i in order]
     figure = blank(height=min(400, 140 + 40 * size), left=8, bottom=8)
     figure.add_heatmap(
-        z=[[_clean(v) for v in row] for row in ordered],
+        z=[[clean(v) for v in row] for row in ordered],
         x=list(range(size)),
         y=list(range(size)),
         customdata=[[f"{a} and {b}" for b in shown] for a in shown],
@@ -249,20 +249,20 @@ def fan(sample: Mapping[str, Any], style: Style) -> go.Figure:
     style
         The domain's style; its hue colours the forecast.
     """
-    truth = [_clean(v) for v in sample.get("truth") or ()]
+    truth = [clean(v) for v in sample.get("truth") or ()]
     steps = max(len(truth), len(sample.get("point") or ()))
-    context = [_clean(v) for v in sample.get("context") or ()][-max(3 * steps, 48) :]
+    context = [clean(v) for v in sample.get("context") or ()][-max(3 * steps, 48) :]
     ahead = list(range(1, steps + 1))
     figure = blank(height=230, left=8, bottom=28)
     _band(figure, ahead, sample.get("quantiles") or {}, style)
-    naive = [_clean(v) for v in sample.get("seasonal_naive") or ()]
+    naive = [clean(v) for v in sample.get("seasonal_naive") or ()]
     if naive:
         line = {"color": MUTED, "width": 1.2, "dash": "2px,2px"}
         figure.add_scatter(x=ahead, y=naive, mode="lines", line=line, hovertemplate="%{y:.4g}<extra>seasonal naive</extra>")
     _observed(figure, list(range(1 - len(context), 1)), context, width=1.1, colour=SOFT_INK, name="context")
     last = context[-1:]
     _observed(figure, [0, *ahead][1 - len(last) :], [*last, *truth], width=1.6, colour=INK, name="truth")
-    median = [_clean(v) for v in (sample.get("quantiles") or {}).get("0.5") or sample.get("point") or ()]
+    median = [clean(v) for v in (sample.get("quantiles") or {}).get("0.5") or sample.get("point") or ()]
     line = {"color": style.colour, "width": 2.2}
     figure.add_scatter(x=ahead, y=median, mode="lines", line=line, hovertemplate="<b>%{y:.4g}</b><extra><b>median</b></extra>")
     figure.add_vline(x=0.5, line={"color": RULE, "width": 1}, layer="below")
@@ -278,7 +278,7 @@ def _band(figure: go.Figure, ahead: Sequence[int], quantiles: Mapping[str, Seque
     for values, level in ((high, "0.9"), (low, "0.1")):
         figure.add_scatter(
             x=list(ahead),
-            y=[_clean(v) for v in values],
+            y=[clean(v) for v in values],
             mode="lines",
             line={"width": 0, "color": style.colour},
             fill="tonexty" if level == "0.1" else None,
@@ -296,7 +296,7 @@ def relative_dots(results: pd.DataFrame, metric: Metric) -> go.Figure | None:
         ``None`` when nothing can be compared with the seasonal naive, or when the domains are too many for one figure.
     """
     both = (score_table(results, metric.key, held_out=False), score_table(results, metric.key, held_out=True))
-    tables = [table for table in both if table is not None and (table.relative or not metric.relative)]
+    tables = [table for table in both if table is not None and (table.relative or metric.share)]
     if not tables or sum(len(table.domains) for table in tables) > _MOST_DOTS:
         return None
     own = own_models(results)[:1]
@@ -309,7 +309,7 @@ def relative_dots(results: pd.DataFrame, metric: Metric) -> go.Figure | None:
         ticks |= {r: label(table.domains[d]) for r, d in zip(rows, rank, strict=True)}
         for model, symbol in reversed(model_symbols(results).items()):
             if model in table.models:
-                values = [_clean(table.values[table.models.index(model), d]) for d in rank]
+                values = [clean(table.values[table.models.index(model), d]) for d in rank]
                 _dots(figure, model, symbol, values, rows, metric)
         row += len(rank) + 1
         words = "held-out domains" if table is both[1] else "training domains"
@@ -469,6 +469,6 @@ def _ratio_ticks(figure: go.Figure) -> dict[str, object]:
     }
 
 
-def _clean(value: object) -> float | None:
-    """A number with as many digits as a figure can show; ``None`` for anything missing."""
+def clean(value: object) -> float | None:
+    """Return a number with as many digits as a figure can show; ``None`` for anything missing."""
     return float(f"{value:.6g}") if is_number(value) else None

@@ -26,6 +26,7 @@ from fedcast.report.tables import (
     format_score,
     format_seconds,
     held_out_mask,
+    horizons_note,
     is_number,
     numeric_metrics,
     own_models,
@@ -164,7 +165,7 @@ class _Composer:
         }
 
     def _chip(self, name: str, position: int) -> dict[str, Any]:
-        return _key(name, self.styles[name]) | {"shown": position < figures.VISIBLE}
+        return legend_key(name, self.styles[name]) | {"shown": position < figures.VISIBLE}
 
     def _draw(self, name: str, figure: go.Figure, view: str = "only") -> dict[str, Any]:
         document = document_of(figure)
@@ -179,7 +180,11 @@ class _Composer:
         groups = []
         for held_out, title in ((True, "Held-out domains"), (False, "Training domains")):
             tables = [(m, score_table(results, m.key, held_out=held_out)) for m in metrics]
-            views = [_table_view(table, own_models(results)[:1]) | {"key": m.key} for m, table in tables if table is not None]
+            views = [
+                _table_view(table, own_models(results)[:1], horizons_note(results, m.key)) | {"key": m.key}
+                for m, table in tables
+                if table is not None
+            ]
             if views:
                 groups.append({"title": title, "held_out": held_out, "tables": views})
         dots: dict[str, Any] | None = None
@@ -237,7 +242,7 @@ class _Composer:
             {"title": "Over the rounds"} | self._draw("conflict", conflict.conflict_lines(rows)),
             {"title": f"Cosine of gradients, round {rows[-1]['round']}"} | self._draw("conflict-map", heat),
         ]
-        return {"figures": drawn, "lines": [_key(name, style) for name, style in conflict.LINES.values()]}
+        return {"figures": drawn, "lines": [legend_key(name, style) for name, style in conflict.LINES.values()]}
 
     def _weights(self) -> dict[str, Any] | None:
         weights = by_site(self.record.rounds, "weight")
@@ -301,12 +306,12 @@ class _Composer:
         return {"figures": drawn} if drawn else None
 
 
-def _key(name: str, style: figures.Style) -> dict[str, Any]:
-    """A line's entry in a legend."""
+def legend_key(name: str, style: figures.Style) -> dict[str, Any]:
+    """Return a line's entry in a legend: ``name``, ``hue`` and ``dash``."""
     return {"name": name, "hue": style.hue, "dash": "" if style.dash == "solid" else style.dash.replace("px", "")}
 
 
-def _table_view(table: ScoreTable, lead: Sequence[str]) -> dict[str, Any]:
+def _table_view(table: ScoreTable, lead: Sequence[str], horizons: str) -> dict[str, Any]:
     """A score table as the template wants it: texts, sort keys and shades."""
     best, leaders = table.best(), [table.best_in(d) for d in range(len(table.domains))]
     rows = []
@@ -328,7 +333,8 @@ def _table_view(table: ScoreTable, lead: Sequence[str]) -> dict[str, Any]:
         else f"the {table.shared} of {len(table.domains)} domains in which every model is scored"
     )
     unit = "Relative to the seasonal naive: below 1 is better." if table.relative else ""
-    note = " ".join(filter(None, (table.metric.about, unit, f"Mean: {kind} over {part}.")))
+    scores = f"Scores are {horizons}." if horizons else ""
+    note = " ".join(filter(None, (table.metric.about, unit, scores, f"Mean: {kind} over {part}.")))
     return {"columns": ["mean", *table.domains], "rows": rows, "note": note}
 
 
@@ -338,7 +344,7 @@ def _cell(table: ScoreTable, value: float, raw: float, leads: bool) -> dict[str,
         distance = math.log(max(value, 1e-9))
         level = sum(abs(distance) > bound for bound in (0.03, 0.16, 0.36))
         shade = f"{'good' if distance < 0 else 'bad'}-{level}" if level else ""
-    elif math.isfinite(value) and not table.metric.relative:
+    elif math.isfinite(value) and table.metric.share:
         level = sum(abs(value - table.metric.goal) > bound for bound in (0.05, 0.12, 0.25))
         shade = f"bad-{level}" if level else ""
     rank = abs(value - table.metric.goal) if math.isfinite(value) else 1e300
@@ -374,7 +380,8 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
     seed = ", ".join(map(str, seeds)) or str(spec.get("seed", ""))
     code = " ".join(filter(None, (_first(results, "version"), _first(results, "code")[:12].replace("unknown", ""))))
     model = spec.get("model") or {}
-    shape = f"{model['context']} → {model['horizon']}" if {"context", "horizon"} <= set(model) else ""
+    horizons = (spec.get("evaluation") or {}).get("horizons") or [model.get("horizon", "")]
+    shape = f"{model['context']} → {', '.join(map(str, horizons))}" if {"context", "horizon"} <= set(model) else ""
     facts += [
         ("Context → horizon", shape),
         ("Seed", seed),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,15 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from fedcast.report import figures
-from fedcast.report.page import document_of, render_page, write_page
-from fedcast.report.tables import PARTS, fit_cells, format_bytes, metric_of, pretty_name, value_cells
-from fedcast.run.scaling import Fit, Scaling
+from fedcast.report.page import document_of, legend_key, render_page, write_page
+from fedcast.report.tables import FIT_COLUMNS, PARTS, fit_cells, format_count, metric_of, pretty_name, value_cells
+from fedcast.run.scaling import PowerLaw, Scaling
 
 _STEPS = 80
-_COLUMNS = ("Curve", "E_inf", "a", "p", "R²", "points")
 
 
-def scaling_curves(curves: Sequence[tuple[str, pd.DataFrame, Fit | None]], *, axis: str, unit: str) -> go.Figure:
-    """Draw points and fitted curves of one part over a logarithmic axis, one colour a curve.
+def scaling_curves(curves: Sequence[tuple[str, pd.DataFrame, PowerLaw | None]], *, axis: str, unit: str) -> go.Figure:
+    """Draw points and fitted curves of one part, one colour a curve; the axis is logarithmic where every value is positive.
 
     Parameters
     ----------
@@ -35,8 +34,8 @@ def scaling_curves(curves: Sequence[tuple[str, pd.DataFrame, Fit | None]], *, ax
     for name, points, fit in curves:
         style = styles[name]
         figure.add_scatter(
-            x=_clean(points["x"]),
-            y=_clean(points["score"]),
+            x=_cleaned(points["x"]),
+            y=_cleaned(points["score"]),
             name=figures.label(name),
             meta=name,
             mode="markers",
@@ -51,8 +50,11 @@ def scaling_curves(curves: Sequence[tuple[str, pd.DataFrame, Fit | None]], *, ax
             x = np.geomspace(points["x"].min(), points["x"].max(), _STEPS)
             y = fit(x)
         line = {"color": style.colour, "width": 2.0, "dash": "2px,3px" if fit is None else "solid"}
-        figure.add_scatter(x=_clean(x), y=_clean(y), name=figures.label(name), meta=name, mode="lines", line=line, hoverinfo="skip")
-    figure.update_xaxes(type="log", title_text=f"{axis}, log scale", **_ticks(curves))
+        figure.add_scatter(x=_cleaned(x), y=_cleaned(y), name=figures.label(name), meta=name, mode="lines", line=line, hoverinfo="skip")
+    if all((points["x"] > 0).all() for _, points, _ in curves):
+        figure.update_xaxes(type="log", title_text=f"{axis}, log scale", **_log_ticks(curves))
+    else:
+        figure.update_xaxes(title_text=axis)
     figure.update_yaxes(title_text=unit)
     figure.update_layout(hovermode="closest")
     return figure
@@ -72,7 +74,6 @@ def write_scaling(curves: Sequence[Scaling], output: str | Path, *, title: str =
         by_key.setdefault(curve.over, []).append(curve)
     methods = list(dict.fromkeys(pretty_name(curve.method) for curve in curves))
     styles = figures.styles_of(methods)
-    dashes = {name: "" if style.dash == "solid" else style.dash.replace("px", "") for name, style in styles.items()}
     context = {
         "kind": "scaling",
         "title": title,
@@ -80,7 +81,7 @@ def write_scaling(curves: Sequence[Scaling], output: str | Path, *, title: str =
         "facts": _facts(curves),
         "verdicts": [],
         "sections": {f"axis-{i}": _section(over, group, drawn) for i, (over, group) in enumerate(by_key.items())},
-        "chips": [{"name": name, "hue": styles[name].hue, "dash": dashes[name], "shown": True} for name in methods],
+        "chips": [legend_key(name, styles[name]) | {"shown": True} for name in methods],
         "spec_text": "",
         "visible": figures.VISIBLE,
     }
@@ -103,7 +104,7 @@ def _section(over: str, group: Sequence[Scaling], drawn: dict[str, dict[str, Any
         drawn[name] = {"only": document}
         slots.append({"title": f"{part[:1].upper()}{part[1:]}", "figure": name, "view": "only", "height": document["layout"]["height"]})
         fits += [[f"{method}, {part}", *fit_cells(fit)] for method, _, fit in curves]
-    tables = [{"title": "Fitted curves, with 95 % intervals", "columns": _COLUMNS, "rows": fits}]
+    tables = [{"title": "Fitted curves, with 95 % intervals", "columns": ("Curve", *FIT_COLUMNS), "rows": fits}]
     for each in group:
         columns, rows = value_cells(each.points, each.over, each.axis)
         tables.append({"title": f"{pretty_name(each.method)}: mean ± deviation over seeds", "columns": columns, "rows": rows})
@@ -119,15 +120,14 @@ def _facts(curves: Sequence[Scaling]) -> list[tuple[str, str]]:
     return [*facts, ("Data fingerprint", ", ".join(sorted({str(digest)[:12] for digest in rows["data_fingerprint"]})))]
 
 
-def _ticks(curves: Sequence[tuple[str, pd.DataFrame, Fit | None]]) -> dict[str, object]:
+def _log_ticks(curves: Sequence[tuple[str, pd.DataFrame, PowerLaw | None]]) -> dict[str, object]:
     """Name the values that were run; every method's training points are the same, so the first curve's stand for all."""
     means = curves[0][1].groupby("value")["x"].mean()
     low, high = math.log10(means.min()), math.log10(means.max())
     room = 0.06 * (high - low)
-    texts = [f"{x:g}" if x == value else format_bytes(x).removesuffix("B").replace(" ", "") for value, x in means.items()]
+    texts = [f"{x:g}" if x == value else format_count(x) for value, x in means.items()]
     return {"tickmode": "array", "tickvals": means.tolist(), "ticktext": texts, "range": [low - room, high + room]}
 
 
-def _clean(values: Sequence[float] | pd.Series[float] | np.ndarray[Any, np.dtype[np.float64]]) -> list[float]:
-    """Round to what a figure can show."""
-    return [float(f"{value:.6g}") for value in values]
+def _cleaned(values: Iterable[float]) -> list[float | None]:
+    return [figures.clean(value) for value in values]

@@ -13,12 +13,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from fedcast.run.scaling import Fit
+    from fedcast.run.scaling import PowerLaw
 
 NAIVE: Final = "seasonal_naive"
 BASELINES: Final = (NAIVE, "auto_ets", "auto_theta")
 NOMINAL_COVERAGE: Final = 0.8
 PARTS: Final = {True: "held-out", False: "in-domain"}
+FIT_COLUMNS: Final = ("E_inf", "a", "p", "R²", "points")
 
 _TRAINED_NAMES: Final = {
     "central": "Central",
@@ -26,6 +27,13 @@ _TRAINED_NAMES: Final = {
     "local": "Local",
     "fedavg": "FedAvg",
     "fedavg_encoder": "FedAvg, encoder only",
+    "fedprox": "FedProx",
+    "scaffold": "SCAFFOLD",
+    "feddyn": "FedDyn",
+    "fedper": "FedPer",
+    "ffts": "FFTS",
+    "fedal": "FeDaL",
+    "fedpm": "FeDPM",
     "fedtrl": "FedTRL",
     "seasonal_naive": "Seasonal naive",
     "auto_ets": "AutoETS",
@@ -49,6 +57,8 @@ class Metric:
         Whether it is divided by the seasonal naive's score; if not, its distance to ``goal`` ranks.
     goal
         The best value of a score that is not divided.
+    share
+        Whether it is a share, written as a percentage.
     """
 
     key: str
@@ -56,6 +66,7 @@ class Metric:
     about: str
     relative: bool = True
     goal: float = 0.0
+    share: bool = False
 
 
 METRICS: Final[tuple[Metric, ...]] = (
@@ -65,7 +76,18 @@ METRICS: Final[tuple[Metric, ...]] = (
     Metric("wql", "WQL", "Weighted quantile loss over the levels 0.1 to 0.9: scores the whole predictive distribution."),
     Metric("smape", "sMAPE", "Absolute error over the mean of forecast and truth."),
     Metric(
-        "coverage80", "Coverage", "Share of true values inside the 80 % interval; 80 % is right.", relative=False, goal=NOMINAL_COVERAGE
+        "coverage80",
+        "Coverage",
+        "Share of true values inside the 80 % interval; 80 % is right.",
+        relative=False,
+        goal=NOMINAL_COVERAGE,
+        share=True,
+    ),
+    Metric(
+        "reconstruction_mse",
+        "Reconstruction MSE",
+        "Squared error at hidden points of series standardised by their training part, mean over five mask ratios; lower is better.",
+        relative=False,
     ),
 )
 _BY_KEY: Final = {metric.key: metric for metric in METRICS}
@@ -182,6 +204,14 @@ def held_out_mask(results: pd.DataFrame) -> pd.Series[bool]:
     return results["held_out"].map(lambda value: bool(value) and value == value)
 
 
+def horizons_note(results: pd.DataFrame, metric: str = "mse") -> str:
+    """Say over which horizons the scores of a metric are means; empty where there is one."""
+    if not {"horizon", metric} <= set(results.columns):
+        return ""
+    horizons = sorted(set(results.loc[pd.to_numeric(results[metric], errors="coerce").notna(), "horizon"]))
+    return f"means over the horizons {', '.join(f'{horizon:g}' for horizon in horizons)}" if len(horizons) > 1 else ""
+
+
 def own_models(results: pd.DataFrame) -> tuple[str, ...]:
     """Return the trained models among the result rows (no statistical baselines), the one that names its run's method first."""
     if results.empty or "model" not in results.columns:
@@ -206,7 +236,7 @@ def format_score(value: float, table: ScoreTable) -> str:
     """Return one cell of a score table as text; a dash where nothing was scored."""
     if not math.isfinite(value):
         return "–"
-    if not table.metric.relative:
+    if table.metric.share:
         return f"{100 * value:.0f} %"
     if table.relative and abs(value) < 100:
         return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
@@ -216,6 +246,8 @@ def format_score(value: float, table: ScoreTable) -> str:
 def value_cells(points: pd.DataFrame, over: str, axis: str) -> tuple[list[str], list[list[str]]]:
     """Return the columns and rows of a scaling table: a row a value of the key, mean and deviation over seeds of each part.
 
+    Gradient steps have a column where runs differ in them.
+
     Parameters
     ----------
     points
@@ -224,40 +256,51 @@ def value_cells(points: pd.DataFrame, over: str, axis: str) -> tuple[list[str], 
         The key, and what ``x`` is where it is something else.
     """
     parts = {held_out: name for held_out, name in PARTS.items() if (points["held_out"] == held_out).any()}
-    columns = [over, *([axis] if axis != over else []), "seeds", "gradient steps", *parts.values()]
+    unequal = points["gradient_steps"].nunique() > 1
+    columns = [over, *([axis] if axis != over else []), "seeds", *(["gradient steps"] if unequal else []), *parts.values()]
     rows = []
     for value, group in points.groupby("value"):
         cells = [f"{value:g}", *([f"{group['x'].mean():,.0f}"] if axis != over else []), str(group["seed"].nunique())]
-        steps = sorted(set(group["gradient_steps"]))
-        cells.append(f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}")
+        if unequal:
+            steps = sorted(set(group["gradient_steps"]))
+            cells.append(f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}")
         for held_out in parts:
             scores = group.loc[group["held_out"] == held_out, "score"]
-            spread = f" ± {scores.std(ddof=1):.3f}" if len(scores) > 1 else ""
+            spread = f"\u00a0±\u00a0{scores.std(ddof=1):.3f}" if len(scores) > 1 else ""
             cells.append(f"{scores.mean():.3f}{spread}" if len(scores) else "–")
         rows.append(cells)
     return columns, rows
 
 
-def fit_cells(fit: Fit | None) -> list[str]:
-    """Return ``E_inf``, ``a``, ``p`` with their intervals, ``R²`` and the number of points of a scaling curve as texts."""
+def fit_cells(fit: PowerLaw | None, form: str = "{} ({})") -> list[str]:
+    """Return the cells of :data:`FIT_COLUMNS` for a scaling curve; ``form`` takes a value and its 95 % interval."""
     if fit is None:
-        return ["too few points", "–", "–", "–", "–"]
+        return ["no fit", "–", "–", "–", "–"]
     cells = []
     for name in ("e_inf", "a", "p"):
         value, interval = getattr(fit, name), fit.intervals[name]
         known = f"{interval[0]:.3g} to {interval[1]:.3g}" if interval is not None else "not identified"
-        cells.append(f"{value:.3g} ({known})" if math.isfinite(value) else f"– ({known})")
+        cells.append(form.format(f"{value:.3g}" if math.isfinite(value) else "–", known))
     return [*cells, f"{fit.r2:.3f}" if math.isfinite(fit.r2) else "–", str(fit.points)]
 
 
 def format_bytes(count: float) -> str:
     """Return a number of bytes with three digits and a decimal unit."""
+    number, prefix = _scaled(count)
+    return f"{number} {prefix}B"
+
+
+def format_count(count: float) -> str:
+    """Return a count with three digits and a decimal prefix, such as ``12.3k``."""
+    return "".join(_scaled(count))
+
+
+def _scaled(count: float) -> tuple[str, str]:
     power = 0
     while abs(count) >= 999.5 and power < 4:
         count /= 1000
         power += 1
-    unit = ("B", "kB", "MB", "GB", "TB")[power]
-    return f"{count:.0f} {unit}" if power == 0 or abs(count) >= 99.95 else f"{count:.3g} {unit}"
+    return f"{count:.0f}" if power == 0 or abs(count) >= 99.95 else f"{count:.3g}", ("", "k", "M", "G", "T")[power]
 
 
 def format_seconds(seconds: float) -> str:

@@ -1,6 +1,8 @@
-"""Why a run went as it did: how much the domains' gradients contradict each other."""
+"""Why a run went as it did, and what it gave away: the domains' gradients, and how close core-sets lie to data."""
 
 from __future__ import annotations
+
+import sys
 
 import pandas as pd
 
@@ -8,6 +10,8 @@ from fedcast.data.splits import split_store
 from fedcast.data.windows import WindowSampler
 from fedcast.errors import RunError
 from fedcast.federated.conflict import cosines_of, encoder_gradient, probe_batch
+from fedcast.federated.site import METHOD
+from fedcast.federated.state import SiteStates
 from fedcast.models.forecaster import load_model
 from fedcast.models.mixture import DomainMixture
 from fedcast.run.folder import RunFolder
@@ -54,3 +58,20 @@ def conflict_rows(folder: RunFolder) -> pd.DataFrame:
         A row a report: ``round``, ``mean`` cosine over pairs of domains, and share of ``negative`` ones. Empty where the run kept none.
     """
     return pd.DataFrame(folder.rows("conflict"), columns=["round", "mean", "negative"])
+
+
+def coreset_distances(folder: RunFolder) -> pd.DataFrame:
+    """Return how far each core-set vector of a FeDaL run lies from its nearest training window, as the sites keep it to themselves.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row a vector: ``site``, ``vector`` and ``distance`` (see :func:`fedcast.training.coreset.nearest_distances`: 0 for a copy, 1.41
+        for an unrelated window; of a site with very many windows an upper bound). Empty where there are no core-sets.
+    """
+    rows = []
+    for site in sorted(path for path in folder.sites.glob("*") if path.is_dir()):
+        distances = SiteStates(site).before(sys.maxsize).get(f"{METHOD}coreset_nearest")
+        if distances is not None:
+            rows += [{"site": site.name, "vector": number, "distance": value} for number, value in enumerate(distances.tolist())]
+    return pd.DataFrame(rows, columns=["site", "vector", "distance"])

@@ -91,21 +91,11 @@ def prepare(spec: RunSpec, method: Method) -> Prepared:
         raise SpecError(f"{', '.join(sorted(clash))} names both a client and something else", hint="rename that domain's file or folder")
     roles |= others
     stores |= {name: loaded[name] for name in others if name != POOL}
-    # Every site is looked at before anything trains: a domain that is too short must not fail at the end of a long run.
     samplers = {name: _sampler(name, stores[name], spec) for name in roles}
-    for name, role in sorted(roles.items()):
-        if role.evaluates:
-            _check_scored(name, stores[name], samplers[name].splits, spec)
-    if spec.evaluation.conflict:
-        trains = {name: role.trains for name, role in roles.items() if role.evaluates and not role.held_out}
-        check_reportable(spec, method, trains, samplers)
+    _check_sites(spec, method, roles, stores, samplers)
     samples = {name: samplers[name].n_points for name, role in roles.items() if role.trains}
-    trainers = {name for name, role in roles.items() if role.trains or name == POOL}
-    if data.share < 1:
-        for name in sorted(trainers):
-            _check_used(name, samplers[name], spec)
-    parts = {name: sampler.splits.trained if name in trainers else sampler.splits.kept for name, sampler in samplers.items()}
-    left_out = {name: int((~part).sum()) for name, part in parts.items()}
+    used = {name: sampler.splits.trained if _learns_from(roles[name]) else sampler.splits.kept for name, sampler in samplers.items()}
+    left_out = {name: int((~part).sum()) for name, part in used.items()}
     hasher = hashlib.sha256()
     for name in sorted({*training, *held_out}):
         hasher.update(f"{name}:{loaded[name].fingerprint}\n".encode())
@@ -124,6 +114,28 @@ def _sampler(site: str, store: SeriesStore, spec: RunSpec) -> WindowSampler:
     except SplitError as error:
         raise SplitError(f"site {site}: {error.message}", hint=error.hint) from error
     return WindowSampler(store, splits, context=spec.model.context, horizon=spec.model.horizon)
+
+
+def _learns_from(role: SiteRole) -> bool:
+    return role.trains or role.name == POOL
+
+
+def _check_sites(
+    spec: RunSpec,
+    method: Method,
+    roles: Mapping[str, SiteRole],
+    stores: Mapping[str, SeriesStore],
+    samplers: Mapping[str, WindowSampler],
+) -> None:
+    """Look at every site before anything trains: a domain that is too short must not fail at the end of a long run."""
+    for name, role in sorted(roles.items()):
+        if role.evaluates:
+            _check_scored(name, stores[name], samplers[name].splits, spec)
+        if _learns_from(role) and spec.data.share < 1:
+            _check_used(name, samplers[name], spec)
+    if spec.evaluation.conflict:
+        trains = {name: role.trains for name, role in roles.items() if role.evaluates and not role.held_out}
+        check_reportable(spec, method, trains, samplers)
 
 
 def _check_scored(site: str, store: SeriesStore, splits: Splits, spec: RunSpec) -> None:

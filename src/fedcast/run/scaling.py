@@ -27,21 +27,22 @@ Array = NDArray[np.float64]
 Interval = tuple[float, float]
 
 SHARE = "data.share"
-LEAST = 4
-LEAST_EXPONENT, LARGEST_EXPONENT = 0.01, 4.0
+MIN_VALUES = 4
+MIN_EXPONENT, MAX_EXPONENT = 0.01, 4.0
 _EXPONENTS = 600
 # Free in every comparison: what repeats a run, and what changes no byte of it.
-_FREE = ("name", "seed", "federation.fleet", "federation.workers")
+_MAY_DIFFER = ("name", "seed", "federation.fleet", "federation.workers")
 # With these axes the work of a site may change, as long as that of all sites together does not.
 _BUDGET = ("federation.local_steps", "federation.participation", "federation.rounds")
 _BUDGET_AXES = ("data.clients", "federation.participation")
 _WORK = ("federation.local_steps", "federation.local_epochs", "federation.rounds")
-_SLACK = 1.1
+_WORK_TOLERANCE = 1.1
+_NUMERIC_KEY = "name a numeric key, such as data.share; `fedcast init --keys` lists all"
 _PARTITIONS = {"data.clients": ("series", "iid", "dirichlet", "long_tail"), "data.imbalance": ("long_tail",)}
 
 
 @dataclass(frozen=True)
-class Fit:
+class PowerLaw:
     """A fitted curve ``E = e_inf + a x^-p``.
 
     Attributes
@@ -94,9 +95,9 @@ class Scaling:
         One row a run and part: ``run``, ``value``, ``x``, ``seed``, ``held_out``, ``score`` (geometric mean over domains and
         horizons), ``domains`` and ``gradient_steps``.
     fits
-        The curve of each part by ``held_out``; ``None`` where there are too few points.
+        The curve of each part by ``held_out``; ``None`` where there are too few values, or one is not positive.
     notes
-        What a reader must know: too few points, domains left out, unequal work.
+        What a reader must know: why there is no fit, domains left out, unequal work.
     """
 
     over: str
@@ -105,7 +106,7 @@ class Scaling:
     axis: str
     rows: pd.DataFrame
     points: pd.DataFrame
-    fits: Mapping[bool, Fit | None]
+    fits: Mapping[bool, PowerLaw | None]
     notes: Sequence[str] = field(default_factory=tuple)
 
 
@@ -135,29 +136,32 @@ def scaling(runs: Sequence[str | Path], over: str, *, metric: str = "mse") -> Sc
         When a run has no results, or the runs cannot be compared along that key.
     """
     if metric not in ERRORS:
-        raise UnknownNameError.of("metric that is relative to seasonal naive:", metric, ERRORS)
-    found = [_Found.of(path, over) for path in runs]
+        raise UnknownNameError(f"{metric} is no error relative to seasonal naive", hint=f"choose one of {', '.join(ERRORS)}")
+    found = [_ScaledRun.of(path, over) for path in runs]
     if len({run.value for run in found}) < 2:
-        what = f"all runs have {over} = {found[0].value:g}" if len(found) > 1 else "one run has no curve"
+        what = f"all runs have {over} = {found[0].value:g}" if len(found) > 1 else f"a curve needs runs with at least two values of {over}"
         raise RunError(what, hint=f"name runs that differ in {over}, such as those of `fedcast pretrain SPEC.toml --{over} VALUE`")
     _check_alike(found, over)
     rows = pd.concat([run.rows.assign(run=str(run.path), value=run.value, x=run.x) for run in found], ignore_index=True)
     points, notes = _points(rows, metric)
-    fits: dict[bool, Fit | None] = {}
+    fits: dict[bool, PowerLaw | None] = {}
     for held_out, part in points.groupby("held_out"):
-        enough = part["value"].nunique() >= LEAST
-        fits[bool(held_out)] = fit_power_law(part["x"].to_numpy(np.float64), part["score"].to_numpy(np.float64)) if enough else None
-    if None in fits.values():
-        notes.append(f"{points['value'].nunique()} values of {over} are too few for a fit, which needs {LEAST}")
+        usable = part["value"].nunique() >= MIN_VALUES and (part["x"] > 0).all()
+        fits[bool(held_out)] = fit_power_law(part["x"].to_numpy(np.float64), part["score"].to_numpy(np.float64)) if usable else None
+    outside = points.loc[points["x"] <= 0, "value"]
+    if len(outside):
+        notes.append(f"no curve is fitted: x^-p has no value at {over} = {outside.max():g}")
+    elif None in fits.values():
+        notes.append(f"{points['value'].nunique()} values of {over} are too few for a fit, which needs {MIN_VALUES}")
     steps = points["gradient_steps"]
-    if over not in _WORK and steps.max() > _SLACK * steps.min():
+    if over not in _WORK and steps.max() > _WORK_TOLERANCE * steps.min():
         notes.append(f"the runs differ in work: {steps.min()} to {steps.max()} gradient steps in total")
     axis = "training points" if over == SHARE else over
     return Scaling(over, metric, found[0].spec.method.name, axis, rows, points, fits, tuple(notes))
 
 
 @dataclass(frozen=True)
-class _Found:
+class _ScaledRun:
     """One run: its spec by dotted keys, its value of the key, its place on the axis, and its rows."""
 
     path: Path
@@ -168,7 +172,7 @@ class _Found:
     rows: pd.DataFrame
 
     @classmethod
-    def of(cls, path: str | Path, over: str) -> _Found:
+    def of(cls, path: str | Path, over: str) -> _ScaledRun:
         folder = RunFolder(path)
         spec, rows = folder.spec(), folder.results()
         if rows.empty:
@@ -201,12 +205,14 @@ def _keys(spec: RunSpec) -> dict[str, Any]:
 
 
 def _value(keys: Mapping[str, Any], over: str) -> float:
-    numeric = [key for key, value in keys.items() if isinstance(value, int | float) and not isinstance(value, bool) and key not in _FREE]
+    numeric = [
+        key for key, value in keys.items() if isinstance(value, int | float) and not isinstance(value, bool) and key not in _MAY_DIFFER
+    ]
     if over not in numeric:
         if over not in keys:
-            raise UnknownNameError.of("key", over, numeric)
-        what = "repeats a value or changes nothing" if over in _FREE else f"is {keys[over]!r}, no number"
-        raise RunError(f"{over} {what}", hint=f"compare over a numeric key: {', '.join(numeric)}")
+            raise UnknownNameError.of("key", over, numeric, otherwise=_NUMERIC_KEY)
+        always = f"runs may always differ in {over}: it is no axis"
+        raise RunError(always if over in _MAY_DIFFER else f"{over} is {keys[over]!r}, no number", hint=_NUMERIC_KEY)
     return float(keys[over])
 
 
@@ -218,7 +224,7 @@ def _training_points(folder: RunFolder) -> float:
     return float(sum(sites.values()))
 
 
-def _check_alike(found: Sequence[_Found], over: str) -> None:
+def _check_alike(found: Sequence[_ScaledRun], over: str) -> None:
     """Refuse runs that differ in more than the key."""
     first = found[0]
     budget = _BUDGET if over in _BUDGET_AXES else ()
@@ -226,7 +232,7 @@ def _check_alike(found: Sequence[_Found], over: str) -> None:
     for run in found[1:]:
         # `keys` of one method are the same; those of another differ in method.name first.
         names = [name for name in {**first.keys, **run.keys} if first.keys.get(name) != run.keys.get(name)]
-        others = [name for name in names if name not in (*_FREE, *budget, over)]
+        others = [name for name in names if name not in (*_MAY_DIFFER, *budget, over)]
         if others:
             name = others[0]
             raise RunError(
@@ -237,7 +243,7 @@ def _check_alike(found: Sequence[_Found], over: str) -> None:
         if set(first.rows["data_fingerprint"]) != set(run.rows["data_fingerprint"]):
             raise RunError(f"{first.path} and {run.path} differ in data_fingerprint", hint="compare runs over the same data")
     steps = [int(run.rows["gradient_steps"].iloc[0]) for run in found]
-    if shifted and max(steps) > _SLACK * min(steps):
+    if shifted and max(steps) > _WORK_TOLERANCE * min(steps):
         raise RunError(
             f"the runs differ in {', '.join(name for name in budget if name != over)}, and not at equal work: "
             f"{min(steps)} to {max(steps)} gradient steps in total",
@@ -281,7 +287,7 @@ def _points(rows: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, list[str]]:
     return pd.DataFrame(points).sort_values(["held_out", "value", "seed"], ignore_index=True), notes
 
 
-def fit_power_law(x: Array, error: Array, *, draws: int = 1000, seed: int = 0) -> Fit:
+def fit_power_law(x: Array, error: Array, *, draws: int = 1000, seed: int = 0) -> PowerLaw:
     """Fit ``E = E_inf + a x^-p`` by least squares, with ``E_inf >= 0``, ``a >= 0`` and ``0.01 <= p <= 4``.
 
     Parameters
@@ -293,7 +299,7 @@ def fit_power_law(x: Array, error: Array, *, draws: int = 1000, seed: int = 0) -
 
     Returns
     -------
-    Fit
+    PowerLaw
         Intervals are the percentiles of a bootstrap over the residuals: they are widened by ``sqrt(n / (n - 3))``, put back at random
         places, and the curve is fitted again. An exponent is not identified where its interval reaches an end of its range; then
         ``a`` is not either, nor ``E_inf`` where its interval reaches 0.
@@ -301,20 +307,20 @@ def fit_power_law(x: Array, error: Array, *, draws: int = 1000, seed: int = 0) -
     Raises
     ------
     RunError
-        When there are fewer than four different ``x``, or a value is not positive.
+        When there are fewer than four different ``x``, one is not positive, or an error is negative or not finite.
 
     References
     ----------
     Efron (1979), "Bootstrap methods: another look at the jackknife", section 7 (residuals of a regression).
     """
-    if len(np.unique(x)) < LEAST or not (np.isfinite(error).all() and (x > 0).all() and (error >= 0).all()):
-        raise RunError(
-            f"{len(np.unique(x))} points are too few for a curve", hint=f"give at least {LEAST} positive values with finite errors"
-        )
+    if len(np.unique(x)) < MIN_VALUES:
+        raise RunError(f"{len(np.unique(x))} values are too few for a curve", hint=f"give at least {MIN_VALUES} different ones")
+    if not ((x > 0).all() and np.isfinite(error).all() and (error >= 0).all()):
+        raise RunError("a curve needs positive values, and errors that are finite and not negative", hint="leave the other points out")
     centre = float(np.exp(np.log(x).mean()))
     z = x / centre  # centred: `a` and `p` are then nearly independent
-    start = [float(each[0]) for each in _profile(z, error[None])]
-    bounds = ([0.0, 0.0, LEAST_EXPONENT], [np.inf, np.inf, LARGEST_EXPONENT])
+    start = [float(each[0]) for each in _fit_on_grid(z, error[None])]
+    bounds = ([0.0, 0.0, MIN_EXPONENT], [np.inf, np.inf, MAX_EXPONENT])
     (e_inf, size, p), _ = curve_fit(lambda v, e, a, q: e + a * v**-q, z, error, p0=start, bounds=bounds, max_nfev=10_000)
     falls = size * np.ptp(z**-p) > 1e-6 * error.mean()
     if not falls:
@@ -323,9 +329,9 @@ def fit_power_law(x: Array, error: Array, *, draws: int = 1000, seed: int = 0) -
     residuals = error - fitted
     rng = np.random.default_rng(seed)
     spread = (residuals - residuals.mean()) * np.sqrt(len(x) / (len(x) - 3))
-    drawn = _profile(z, fitted + rng.choice(spread, (draws, len(x))))
+    drawn = _fit_on_grid(z, fitted + rng.choice(spread, (draws, len(x))))
     total = float(np.square(error - error.mean()).sum())
-    return Fit(
+    return PowerLaw(
         e_inf=float(e_inf),
         a=float(size * centre**p) if falls else 0.0,
         p=float(p) if falls else float("nan"),
@@ -340,18 +346,18 @@ def _intervals(drawn: Array, estimate: Array) -> dict[str, Interval | None]:
     low, high = np.quantile(drawn, [0.025, 0.975], axis=1)
     # The draws lie on a grid of exponents, 1 % apart; the estimate between its points.
     low, high = np.minimum(low, estimate).tolist(), np.maximum(high, estimate).tolist()
-    within = low[2] > LEAST_EXPONENT * 1.001 and high[2] < LARGEST_EXPONENT * 0.999
+    within = low[2] > MIN_EXPONENT * 1.001 and high[2] < MAX_EXPONENT * 0.999
     known = {"e_inf": within or low[0] > 0, "a": within, "p": within}
     return {name: (low[i], high[i]) if known[name] else None for i, name in enumerate(known)}
 
 
-def _profile(z: Array, errors: Array) -> tuple[Array, Array, Array]:
+def _fit_on_grid(z: Array, errors: Array) -> tuple[Array, Array, Array]:
     """Return the least-squares ``E_inf``, ``a`` and ``p``, each ``[B]``, of errors ``[B, n]`` over a grid of exponents.
 
     For a given exponent the curve is a straight line over ``z^-p``, so limit and size follow in closed form: the free line where
     both are at least 0, else the better of the two edges.
     """
-    exponents = np.geomspace(LEAST_EXPONENT, LARGEST_EXPONENT, _EXPONENTS)
+    exponents = np.geomspace(MIN_EXPONENT, MAX_EXPONENT, _EXPONENTS)
     basis = z ** -exponents[:, None]  # [G, n]
     n, mean, error_mean = len(z), basis.mean(axis=1), errors.mean(axis=1)[:, None]
     products, squares = errors @ basis.T, np.square(basis).sum(axis=1)  # [B, G], [G]
