@@ -66,7 +66,7 @@ def domain_names(source: str | Path) -> list[str]:
     if source == "bundled":
         return sorted(bundled_card()["domains"])
     if source in RAW_SOURCES:
-        return sorted(_table(str(source)))
+        return sorted(raw_datasets(str(source)))
     return sorted(domain_files(source))
 
 
@@ -224,6 +224,15 @@ def raw_folder() -> Path:
     return folder
 
 
+def raw_datasets(source: str) -> dict[str, tuple[Dataset, ...]]:
+    """Return the datasets of each domain of ``"catalogue"`` or ``"ltsf"``; no raw file is read."""
+    # imported here since the recipes need scipy's signal processing, which the bundled data does not
+    from fedcast.data.sources import catalogue_domains
+    from fedcast.data.sources.ltsf import ltsf_domains
+
+    return catalogue_domains() if source == "catalogue" else ltsf_domains()
+
+
 def raw_frames(source: str, domain: str) -> dict[str, LongFrame]:
     """Build the datasets of one domain of ``"catalogue"`` or ``"ltsf"`` from the raw recordings, without the cache.
 
@@ -262,16 +271,8 @@ def load_raw(source: str, domain: str) -> SeriesStore:
     return SeriesStore.open(place)
 
 
-def _table(source: str) -> dict[str, tuple[Dataset, ...]]:
-    # imported here since the recipes need scipy's signal processing, which the bundled data does not
-    from fedcast.data.sources import catalogue_domains
-    from fedcast.data.sources.ltsf import ltsf_domains
-
-    return catalogue_domains() if source == "catalogue" else ltsf_domains()
-
-
 def _datasets(source: str, domain: str) -> tuple[Dataset, ...]:
-    domains = _table(source)
+    domains = raw_datasets(source)
     _require_known([domain], sorted(domains))
     return domains[domain]
 

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
-from fedcast.data.catalogue import RAW_SOURCES, bundled_card, domain_names, split_domains
+from fedcast.data.catalogue import RAW_SOURCES, bundled_card, domain_names, raw_datasets, split_domains
 from fedcast.errors import UnknownNameError
 from fedcast.spec import DataSpec
 
+T = TypeVar("T")
 Exposure = Literal["seen", "unseen", "unknown"]
 
 WITHOUT_TRAINING: Final[Exposure] = "unseen"
@@ -161,10 +162,7 @@ def recording(name: str) -> Recording:
     UnknownNameError
         When the list has no such set.
     """
-    names = {spelt.lower(): each for each in recordings().values() for spelt in (*each.aliases, each.title, each.key)}
-    if name.lower() not in names:
-        raise UnknownNameError.of("benchmark set", name, [spelt for each in recordings().values() for spelt in (each.key, *each.aliases)])
-    return names[name.lower()]
+    return _find("benchmark set", name, {each.key: (each.key, each.title, *each.aliases) for each in recordings().values()}, recordings())
 
 
 def corpus(name: str) -> Corpus:
@@ -175,10 +173,15 @@ def corpus(name: str) -> Corpus:
     UnknownNameError
         When the list has no such corpus.
     """
-    names = {spelt.lower(): each for each in corpora().values() for spelt in (*each.models, each.title, each.key)}
-    if name.lower() not in names:
-        raise UnknownNameError.of("corpus", name, corpora())
-    return names[name.lower()]
+    return _find("corpus", name, {each.key: (each.key, each.title, *each.models) for each in corpora().values()}, corpora())
+
+
+def _find(kind: str, name: str, names: Mapping[str, Iterable[str]], entries: Mapping[str, T]) -> T:
+    """Return the entry that goes by a name; where two do, the one whose key it is."""
+    spelt = {each.lower(): key for key, group in names.items() for each in group} | {key.lower(): key for key in names}
+    if name.lower() not in spelt:
+        raise UnknownNameError.of(kind, name, [each for group in names.values() for each in group])
+    return entries[spelt[name.lower()]]
 
 
 @cache
@@ -217,12 +220,7 @@ def _raw_files(source: str) -> dict[str, dict[str, tuple[str, ...]]]:
     if source == "bundled":
         domains = bundled_card()["domains"]
         return {domain: {name: tuple(entry["raw"]) for name, entry in datasets.items()} for domain, datasets in domains.items()}
-    # imported here since the recipes need scipy's signal processing, which the bundled data does not
-    from fedcast.data.sources import catalogue_domains
-    from fedcast.data.sources.ltsf import ltsf_domains
-
-    table = catalogue_domains() if source == "catalogue" else ltsf_domains()
-    return {domain: {dataset.name: dataset.files for dataset in datasets} for domain, datasets in table.items()}
+    return {domain: {dataset.name: dataset.files for dataset in datasets} for domain, datasets in raw_datasets(source).items()}
 
 
 def _worst(found: Iterable[Exposure]) -> Exposure:

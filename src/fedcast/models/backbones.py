@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fedcast.errors import ModelError
 from fedcast.models.base import ModelConfig
-from fedcast.models.layers import Linear, attend, sinusoids
+from fedcast.models.layers import Linear, self_attention, sinusoids
 
 Backbone = Literal["transformer", "cnn", "fc", "lstm", "gru"]
 
@@ -64,11 +64,7 @@ class PostNormBlock(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """Map tokens [B, N, d] to [B, N, d]; ``bias`` is as in :func:`fedcast.models.layers.key_bias`."""
-        batch, length, width = x.shape
-        packed = self.qkv(x).view(batch, length, 3, self.n_heads, -1)
-        query, key, value = packed.permute(2, 0, 3, 1, 4).contiguous().unbind()
-        mixed = attend(query, key, value, bias).transpose(1, 2).reshape(batch, length, width)
-        x = self.attention_norm(x + self.out(mixed))
+        x = self.attention_norm(x + self.out(self_attention(self.qkv(x), self.n_heads, bias)))
         return cast(Tensor, self.forward_norm(x + self.narrow(F.relu(self.widen(x)))))
 
 

@@ -126,6 +126,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, *, explicit:
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
 
+def self_attention(packed: Tensor, heads: int, bias: Tensor) -> Tensor:
+    """Return attention's output [B, N, d] from packed queries, keys and values [B, N, 3 d]; ``bias`` is as in :func:`key_bias`."""
+    batch, length, width = packed.shape
+    query, key, value = packed.view(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4).contiguous().unbind()
+    return attend(query, key, value, bias).transpose(1, 2).reshape(batch, length, width // 3)
+
+
 def _attend_explicitly(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     batch, heads, length, width = query.shape
     flat = batch * heads

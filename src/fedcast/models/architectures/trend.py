@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fedcast.errors import ModelError
 from fedcast.models.base import QUANTILES, ModelConfig, Output
-from fedcast.models.layers import FeedForward, InstanceNorm, Linear, attend, key_bias, sinusoids
+from fedcast.models.layers import FeedForward, InstanceNorm, Linear, key_bias, self_attention, sinusoids
 from fedcast.models.masking import spread
 from fedcast.models.patch import GAUSSIAN, Encoded, PatchTransformer, Tokens
 
@@ -169,11 +169,7 @@ class TrendBlock(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """Map tokens [B, N, d] to [B, N, d]; ``bias`` is as in :func:`fedcast.models.layers.key_bias`."""
-        batch, length, width = x.shape
-        packed = self.qkv(x).view(batch, length, 3, self.n_heads, -1)
-        query, key, value = packed.permute(2, 0, 3, 1, 4).contiguous().unbind()
-        mixed = attend(query, key, value, bias).transpose(1, 2).reshape(batch, length, width)
-        x = self.attention_norm(x + self.out(mixed))
+        x = self.attention_norm(x + self.out(self_attention(self.qkv(x), self.n_heads, bias)))
         y = self.feed_forward(x)
         if self.trend is not None and self.trend_norm is None:
             y = self.trend(y)
