@@ -164,3 +164,11 @@ def test_when_a_run_trains_on_a_share_then_only_that_is_counted_and_the_same_win
         assert ours[name].tolist() == theirs[name].tolist()
     with pytest.raises(SplitError, match=r"site \w+: no series has a window to train on in the latest 0.001"):
         train_small(share_spec(0.001), tmp_path / "none")
+
+
+def test_when_runs_are_validated_after_other_rounds_then_they_still_compare(tmp_path: Path) -> None:
+    specs = [share_spec(share) for share in SHARES]
+    often = specs[0].model_copy(update={"evaluation": specs[0].evaluation.model_copy(update={"every": 1, "conflict": 5})})
+    runs = [write_run(tmp_path / str(number), spec, 0.9) for number, spec in enumerate([often, *specs[1:]])]
+
+    assert len(scaling(runs, "data.share").points) == 2 * len(SHARES)

@@ -30,8 +30,11 @@ SHARE = "data.share"
 MIN_VALUES = 4
 MIN_EXPONENT, MAX_EXPONENT = 0.01, 4.0
 _EXPONENTS = 600
-# Free in every comparison: what repeats a run, and what changes no byte of it.
-_MAY_DIFFER = ("name", "seed", "federation.fleet", "federation.workers")
+# In every comparison: what repeats a run, and what changes no score of its final model.
+_MAY_DIFFER = (
+    *("name", "seed", "federation.fleet", "federation.workers"),
+    *("evaluation.every", "evaluation.samples", "evaluation.conflict"),
+)
 # With these axes the work of a site may change, as long as that of all sites together does not.
 _BUDGET = ("federation.local_steps", "federation.participation", "federation.rounds")
 _BUDGET_AXES = ("data.clients", "federation.participation")
