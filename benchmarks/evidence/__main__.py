@@ -7,6 +7,7 @@ written between their markers; the sentences around them are written by people w
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from functools import partial
@@ -45,7 +46,7 @@ def train(study: Study, label: str, row: Row, seed: int, output: Path, workers: 
     """Train one row with one seed, or return it where it is complete."""
     spec = spec_of(study, row, seed, workers)
     start = time.perf_counter()
-    folder = output / (study.folder or study.spec) / label.replace(",", "").replace(" ", "-") / f"seed-{seed}"
+    folder = output / (study.folder or study.spec) / re.sub(r"[^\w.]+", "-", label) / f"seed-{seed}"
     run = pretrain(spec, output=folder)
     print(f"{folder}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     return run
@@ -121,7 +122,7 @@ WRITERS = {
     "many-domains": many_domains,
     "reconstruction": reconstruction,
     "in-domain": in_domain,
-    **{name: partial(ablation, name) for name in ("fedtrl", "fedal", "ffts", "drift", "fedpm")},
+    **{name: partial(ablation, name) for name in ("fedal", "ffts", "fedpm")},
 }
 
 

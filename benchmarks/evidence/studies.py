@@ -118,8 +118,6 @@ FFTS = {
     "no ATM": _row("ffts", experts="none"),
     "no alignment": _row("ffts", alignment=0.0),
     "no moving average": _row("ffts", server_rate=1.0),
-    "two experts a token": _row("ffts", top_k=2),
-    "mask ratio 0.5": _row("ffts", mask_ratio=0.5),
     "no reconstruction": _row("ffts", mask_ratio=0.0),
 }
 
@@ -130,53 +128,20 @@ FEDPM = {
     "random fill": _row("fedpm", fill="random_isolated"),
     "no fill": _row("fedpm", fill="none"),
     "no mean/std head": _row("fedpm", statistics=0),
-    **{f"{name} backbone": _row("fedpm", backbone=name) for name in ("cnn", "fc", "lstm", "gru")},
-    "noise 0.01": _row("fedpm", noise=0.01),
+    **{f"{name} backbone": _row("fedpm", backbone=name) for name in ("cnn", "fc")},
     "64 prototypes": _row("fedpm", prototypes=64),
-    "width 32": _row("fedpm", width=32),
     "patch 8": _row("fedpm", patch=8),
-    "patch 16": _row("fedpm", patch=16),
-    "delta 0.5": _row("fedpm", delta=0.5),
     "delta 0.9": _row("fedpm", delta=0.9),
-    "gamma 1": _row("fedpm", gamma=1.0),
-    "largest similarity": _row("fedpm", similarity="max"),
     "dead-code restart": _row("fedpm", restart=True),
     "as released": _row("fedpm", as_released=True),
     "standardised units": _row("fedpm", units="data"),
-}
-
-# The others of fedtrl.md A7 stand in docs/evidence-fedtrl.md, over three seeds.
-FEDTRL = {
-    "fedtrl": _row("fedtrl"),
-    "uniform weights": _row("fedtrl", aggregation="uniform"),
-    "Wasserstein barycentre": _row("fedtrl", barycentre="wasserstein"),
-    "everything travels": _row("fedtrl", travels="all"),
-    "alpha and beta 0.1": _row("fedtrl", alpha=0.1, beta=0.1),
-    "tau 1": _row("fedtrl", tau=1.0),
-    "half take part": _row("fedtrl", "federation.participation=0.5", "federation.rounds=20"),
-    "5 steps a round": _row("fedtrl", "federation.local_steps=5", "federation.rounds=40"),
-}
-
-DRIFT = {
-    "fedavg": _row("fedavg"),
-    "fedprox": FORECASTERS["fedprox"],
-    "fedprox, mu 0.1": _row("fedprox", mu=0.1),
-    "fedprox, mu 1": _row("fedprox", mu=1.0),
-    "fedprox, as released": _row("fedprox", mu=1.0, as_released=True),
-    "scaffold": _row("scaffold"),
-    "feddyn": _row("feddyn"),
-    "feddyn, alpha 1": _row("feddyn", alpha=1.0),
-    "feddyn, alpha 0.03": _row("feddyn", alpha=0.03),
-    "feddyn, alpha 0.01": _row("feddyn", alpha=0.01),
 }
 
 STUDIES: dict[str, Study] = {
     "many-domains": Study("many_domains", FORECASTERS),
     "reconstruction": Study("many_domains", RECONSTRUCTORS),
     "in-domain": Study("in_domain", IN_DOMAIN),
-    "fedtrl": Study("many_domains", FEDTRL, 1, SHORT, "many_domains-short"),
     "fedal": Study("many_domains", FEDAL, 1, SHORT, "many_domains-short"),
     "ffts": Study("many_domains", FFTS, 1, ("federation.rounds=5",), "many_domains-shorter"),
-    "drift": Study("many_domains", DRIFT, 1, SHORT, "many_domains-short"),
     "fedpm": Study("in_domain", FEDPM, 1, SHORT, "in_domain-short"),
 }
