@@ -58,7 +58,7 @@ class ModelSpec(_Section):
     """The model's size and shape, and what it learns to do."""
 
     objective: Literal["forecast", "reconstruct"] = Field(
-        "forecast", description="'forecast': a patch transformer; 'reconstruct': a causal one that fills in hidden patches, the horizon too"
+        "forecast", description="what the model learns: to 'forecast', or to 'reconstruct' hidden patches, from which it forecasts too"
     )
     size: Literal["nano", "micro", "tiny", "mini", "small", "base"] = Field(
         "nano", description="about 0.5M, 1M, 3M, 8M, 20M, 80M parameters"
