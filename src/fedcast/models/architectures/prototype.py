@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from torch import Tensor, nn
 
 from fedcast.errors import ModelError
@@ -29,6 +29,7 @@ from fedcast.models.backbones import Backbone, build_decoder, build_encoder
 from fedcast.models.base import QUANTILES, ModelConfig, Output
 from fedcast.models.layers import Linear, key_bias
 from fedcast.models.patch import GAUSSIAN, Encoded, PatchTransformer, Tokens
+from fedcast.models.settings import Settings
 
 Serving = Literal["relative", "quantisation", "mixture"]
 
@@ -37,7 +38,7 @@ _SMALLEST = 1e-12
 _LARGEST = 1e4  # data that were standardised never get there; keeps any input finite
 
 
-class PrototypeSettings(BaseModel):
+class PrototypeSettings(Settings):
     """What a configuration's ``settings`` hold for this architecture; the defaults are the paper's.
 
     Attributes
@@ -57,7 +58,7 @@ class PrototypeSettings(BaseModel):
         one, by its quantisation error as it is, or not at all, so that a mixture weights models by their forecasts.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    method: ClassVar[str] = "FeDPM"
 
     prototypes: int = Field(256, ge=1)
     decoder_heads: int = Field(4, ge=1)
@@ -73,16 +74,9 @@ class PrototypeSettings(BaseModel):
         Raises
         ------
         ModelError
-            When a setting is unknown or its value is refused.
+            When a setting is unknown, or its value is refused or does not fit.
         """
-        try:
-            settings = cls.model_validate(dict(config.settings))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise ModelError(
-                f"setting {where} = {first['input']!r} is refused: {first['msg']}", hint="use the settings of FeDPM"
-            ) from error
+        settings = cls.read(config)
         if config.d_model % settings.decoder_heads:
             raise ModelError(
                 f"width {config.d_model} does not split into {settings.decoder_heads} decoder heads", hint="let decoder_heads divide it"

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from torch import Tensor, nn
 
 from fedcast.errors import ModelError
@@ -27,12 +27,13 @@ from fedcast.models.base import QUANTILES, ModelConfig, Output
 from fedcast.models.layers import FeedForward, InstanceNorm, Linear, key_bias, self_attention, sinusoids
 from fedcast.models.masking import spread
 from fedcast.models.patch import GAUSSIAN, Encoded, PatchTransformer, Tokens
+from fedcast.models.settings import Settings
 
 SCALES: Mapping[str, float] = {"second": 0.1, "minute": 0.3, "hour": 0.5, "day": 1.0}
 """The experts' names and the values their learnable scales start from, where they have one."""
 
 
-class TrendSettings(BaseModel):
+class TrendSettings(Settings):
     """What a configuration's ``settings`` hold for this architecture.
 
     Attributes
@@ -52,7 +53,7 @@ class TrendSettings(BaseModel):
         its own patch, the mean where patches overlap (far smaller).
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    method: ClassVar[str] = "FFTS"
 
     experts: Literal["linear", "mlp", "none"] = "linear"
     scaled: int = Field(0, ge=0, le=1)
@@ -67,14 +68,9 @@ class TrendSettings(BaseModel):
         Raises
         ------
         ModelError
-            When a setting is unknown or its value is refused.
+            When a setting is unknown, or its value is refused or does not fit.
         """
-        try:
-            settings = cls.model_validate(dict(config.settings))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise ModelError(f"setting {where} = {first['input']!r} is refused: {first['msg']}", hint="use the settings of FFTS") from error
+        settings = cls.read(config)
         if settings.kernel % 2 == 0:
             raise ModelError(f"a moving average over {settings.kernel} tokens has no middle", hint="make kernel odd")
         return settings
