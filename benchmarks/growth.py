@@ -39,11 +39,11 @@ from fedcast.data.windows import WindowSampler
 from fedcast.federated.checkpoint import Checkpoints, Progress
 from fedcast.federated.fleet import Fleet, ThreadFleet
 from fedcast.federated.messages import Reply, Task
+from fedcast.federated.plan import Plan
 from fedcast.federated.rounds import RoundLoop, Silent
 from fedcast.federated.site import Site, SiteRole
-from fedcast.federated.workspace import model_layout
 from fedcast.methods.base import Server, build_method, empty
-from fedcast.models.base import SIZES, ModelConfig
+from fedcast.models.base import SIZES
 from fedcast.models.precision import native_bfloat16
 from fedcast.run.folder import RunFolder
 from fedcast.spec import RunSpec, parse_spec
@@ -144,20 +144,20 @@ def clients_point(clients: int, method_name: str, real: bool) -> Quantities:
 def _rounds(spec: RunSpec, clients: int, real: bool, folder: RunFolder, watch: Stopwatch) -> None:
     """Run the rounds of a federation; the last one, which exports private weights, ends after the stopwatch's last note."""
     method = build_method(spec.method)
-    layout, initial = model_layout(spec, method)
+    plan = Plan(spec, method)
+    layout, initial = plan.layout, plan.initial
     names = [f"site{i:05d}" for i in range(clients)]
     roles = {name: SiteRole(name, evaluates=False) for name in names}
     samples = dict.fromkeys(names, SAMPLES)
     fleet: Fleet
     if real:
-        sites = {name: Site(role, random_walks(4, 256), spec, method, folder.sites / name) for name, role in roles.items()}
+        sites = {name: Site(role, random_walks(4, 256), plan, folder.sites / name) for name, role in roles.items()}
         samples = {name: site.samples for name, site in sites.items()}
         fleet = ThreadFleet(sites, spec.federation.workers)
     else:
-        fleet = ReadyFleet(names, method.reply_shapes(ModelConfig.of(spec.model)), layout.private_size)
+        fleet = ReadyFleet(names, method.reply_shapes(plan.shape), layout.private_size)
     loop = RoundLoop(
-        spec=spec,
-        method=method,
+        plan=plan,
         fleet=fleet,
         roles=roles,
         samples=samples,

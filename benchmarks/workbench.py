@@ -11,6 +11,7 @@ import fedcast.methods  # noqa: F401 - registers the methods
 from fedcast.data.splits import split_by_time
 from fedcast.data.store import SeriesStore, season_length
 from fedcast.data.windows import Batch, WindowSampler
+from fedcast.federated.plan import Plan
 from fedcast.federated.workspace import build_workspace
 from fedcast.methods.base import build_method
 from fedcast.spec import RunSpec, parse_spec
@@ -59,7 +60,7 @@ class Workbench:
             }
         )
         self.batch = batch
-        self.workspace = build_workspace(self.spec, build_method(self.spec.method), {}, backend)
+        self.workspace = build_workspace(Plan(self.spec, build_method(self.spec.method)), {}, backend)
         store = random_walks(64, 4096)
         splits = split_by_time(store, horizon=horizon, validation=0.1, test=0.2)
         self.sampler = WindowSampler(store, splits, context=context, horizon=horizon)

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from fedcast.federated.messages import Task
+from fedcast.federated.plan import Plan
 from fedcast.federated.workspace import model_layout
-from fedcast.methods.base import build_method
+from fedcast.methods.base import Method, build_method
+from fedcast.models.architectures import build_model
+from fedcast.models.base import ModelConfig
 from fedcast.run.folder import RunFolder
 from fedcast.run.prepare import prepare, start_fleet
 from fedcast.run.pretrain import Run, pretrain
@@ -45,8 +48,13 @@ def untrained_loss(spec: RunSpec, folder: Path) -> float:
     method = build_method(spec.method)
     prepared = prepare(spec, method)
     layout, initial = model_layout(spec, method)
-    fleet = start_fleet(spec, method, prepared, RunFolder(folder))
+    fleet = start_fleet(Plan(spec, method), prepared, RunFolder(folder))
     task = Task("evaluate", 0, {"shared": initial[: layout.shared_size]}, {"part": "validation"})
     replies = dict(fleet.run(dict.fromkeys(DOMAINS, task), None))
     fleet.close()
     return sum(float(reply.meta["loss"]) for reply in replies.values()) / len(DOMAINS)
+
+
+def shared_size(method: Method, config: ModelConfig) -> int:
+    """Return how many of a model's weights travel."""
+    return sum(parameter.numel() for name, parameter in build_model(config).named_parameters() if method.shares(name))

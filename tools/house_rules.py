@@ -38,6 +38,7 @@ FLOORS = {
     "spec": 0,
     "version": 0,
     "cache": 0,
+    "registry": 0,
     "data": 1,
     "kernels": 1,
     "models": 2,

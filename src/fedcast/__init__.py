@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedcast.models.forecaster import Forecaster
     from fedcast.run.compare import compare
     from fedcast.run.evaluate import evaluate as evaluate_model
+    from fedcast.run.finetune import finetune
     from fedcast.run.pretrain import pretrain
     from fedcast.spec import RunSpec, load_spec
 
@@ -28,6 +29,7 @@ __all__ = [
     "check_frame",
     "compare",
     "evaluate_model",
+    "finetune",
     "load_spec",
     "pretrain",
     "read_frame",
@@ -41,6 +43,7 @@ _HOMES = {
     "check_frame": "data.check:check_frame",
     "compare": "run.compare:compare",
     "evaluate_model": "run.evaluate:evaluate",
+    "finetune": "run.finetune:finetune",
     "load_spec": "spec:load_spec",
     "pretrain": "run.pretrain:pretrain",
     "read_frame": "data.frames:read_frame",

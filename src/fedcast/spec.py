@@ -20,8 +20,8 @@ from fedcast.errors import SpecError, UnknownNameError
 
 _LATER_KEYS = {
     "data": ("share",),
-    "model": ("objective",),
-    "training": ("products", "kernels", "device", "compile"),
+    "model": ("objective", "checkpoint"),
+    "training": ("products", "kernels", "device", "compile", "schedule_over"),
     "evaluation": ("horizons", "conflict"),
 }
 
@@ -35,7 +35,8 @@ class DataSpec(_Section):
 
     source: str = Field(
         "bundled",
-        description="'bundled'; 'catalogue' or 'ltsf' (made from the folder FEDCAST_DATA names); or a folder: each file or folder a domain",
+        description="'bundled'; 'catalogue', 'ltsf' or a medical one (docs/medical.md), made from the folder FEDCAST_DATA names; "
+        "or a folder: each file or folder a domain",
     )
     domains: tuple[str, ...] = Field((), description="domains to train on; empty: all that are not held out")
     held_out: tuple[str, ...] = Field((), description="domains never touched in training, forecast zero-shot at the end")
@@ -60,6 +61,9 @@ class ModelSpec(_Section):
     objective: Literal["forecast", "reconstruct"] = Field(
         "forecast", description="what the model learns: to 'forecast', or to 'reconstruct' hidden patches, from which it forecasts too"
     )
+    checkpoint: str | None = Field(
+        None, description="what is fine-tuned: a model or run folder, or a published checkpoint (folder, hub name); its size is its own"
+    )
     size: Literal["nano", "micro", "tiny", "mini", "small", "base"] = Field(
         "nano", description="about 0.5M, 1M, 3M, 8M, 20M, 80M parameters"
     )
@@ -69,18 +73,33 @@ class ModelSpec(_Section):
     position: Literal["rope", "learned"] = Field("rope", description="position encoding")
 
 
-class MethodSpec(_Section):
-    """The method's name and its hyper-parameters, which stand beside the name in TOML."""
+class _Named(_Section):
+    """A name and the options that stand beside it in TOML."""
 
-    name: str = Field("fedtrl", description="see `fedcast methods`")
-    options: dict[str, Any] = Field(default_factory=dict, description="hyper-parameters of the method, checked against it")
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
     def _gather_options(cls, value: Any) -> Any:
         if isinstance(value, Mapping) and "options" not in value:
-            return {"name": value.get("name", "fedtrl"), "options": {k: v for k, v in value.items() if k != "name"}}
+            name = value.get("name", cls.model_fields["name"].default)
+            return {"name": name, "options": {k: v for k, v in value.items() if k != "name"}}
         return value
+
+
+class MethodSpec(_Named):
+    """The method's name and its hyper-parameters, which stand beside the name in TOML."""
+
+    name: str = Field("fedtrl", description="see `fedcast methods`")
+    options: dict[str, Any] = Field(default_factory=dict, description="hyper-parameters of the method, checked against it")
+
+
+class TuningSpec(_Named):
+    """Which weights train, and from where they start."""
+
+    name: str = Field("full", description="see `fedcast tunings`")
+    options: dict[str, Any] = Field(default_factory=dict, description="hyper-parameters of the tuning, checked against it")
 
 
 class TrainingSpec(_Section):
@@ -93,8 +112,9 @@ class TrainingSpec(_Section):
     beta2: float = Field(0.99, ge=0, lt=1, description="AdamW's second moment decay")
     clip_norm: float = Field(1.0, gt=0, description="largest gradient norm")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of all local steps with rising learning rate")
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="learning rate after the warm-up")
-    final_rate: float = Field(0.05, ge=0, le=1, description="learning rate at the end over its peak (schedule 'cosine')")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning rate after the warm-up")
+    schedule_over: Literal["run", "round"] = Field("run", description="whether warm-up and schedule span the run, or start anew each round")
+    final_rate: float = Field(0.05, ge=0, le=1, description="learning rate at the end over its peak (not for 'constant')")
     moments: Literal["keep", "reset"] = Field("keep", description="whether a site keeps its AdamW moments between rounds")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="compute precision; master weights are float32; 'auto' takes the faster one of this machine"
@@ -165,6 +185,7 @@ class RunSpec(_Section):
     data: DataSpec = DataSpec()
     model: ModelSpec = ModelSpec()
     method: MethodSpec = MethodSpec()
+    tuning: TuningSpec = TuningSpec()
     training: TrainingSpec = TrainingSpec()
     federation: FederationSpec = FederationSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
@@ -172,8 +193,8 @@ class RunSpec(_Section):
     def to_dict(self) -> dict[str, Any]:
         """Return the spec as a TOML-ready dict; ``None`` values are left out, since TOML has none."""
         document: dict[str, Any] = _without_none(self.model_dump(mode="json"))
-        method = document["method"]
-        document["method"] = {"name": method["name"], **method["options"]}
+        for section in ("method", "tuning"):
+            document[section] = {"name": document[section]["name"], **document[section]["options"]}
         return document
 
     def to_toml(self) -> str:
@@ -187,11 +208,13 @@ class RunSpec(_Section):
         for key in ("fleet", "workers"):
             del document["federation"][key]
         # Keys that came later: at their default a run of an older version is still the same run.
+        if document["tuning"] == {"name": "full"}:
+            del document["tuning"]
         for section, keys in _LATER_KEYS.items():
             defaults = RunSpec.model_fields[section].default.model_dump(mode="json")
             for key in keys:
                 if document[section].get(key) == defaults[key]:
-                    del document[section][key]
+                    document[section].pop(key, None)  # None was left out already
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 

@@ -18,6 +18,7 @@ from fedcast.errors import QuorumError
 from fedcast.federated.fleet import Fleet, ThreadFleet
 from fedcast.federated.intake import Intake
 from fedcast.federated.messages import Reply, Task
+from fedcast.federated.plan import Plan
 from fedcast.federated.site import Site
 from fedcast.federated.workspace import Workspaces, model_layout
 from fedcast.methods.base import Method, Server, build_method
@@ -277,7 +278,7 @@ def test_when_an_idle_worker_process_dies_then_a_new_one_takes_its_place(tmp_pat
     spec = small_spec("fedavg", fleet="processes", workers=1)
     method = build_method(spec.method)
     prepared = prepare(spec, method)
-    fleet = start_fleet(spec, method, prepared, RunFolder(tmp_path))
+    fleet = start_fleet(Plan(spec, method), prepared, RunFolder(tmp_path))
     layout, initial = model_layout(spec, method)
     task = Task("evaluate", 0, {"shared": initial[: layout.shared_size]}, {"part": "validation"})
     try:
@@ -296,7 +297,7 @@ def test_when_a_site_fails_then_its_traceback_stays_with_it(tmp_path: Path) -> N
     spec = small_spec("fedavg")
     method = build_method(spec.method)
     prepared = prepare(spec, method)
-    site = Site(prepared.roles["energy"], prepared.stores["energy"], spec, method, tmp_path)
+    site = Site(prepared.roles["energy"], prepared.stores["energy"], Plan(spec, method), tmp_path)
     layout, initial = model_layout(spec, method)
     good = Task("train", 1, {"shared": initial[: layout.shared_size]})
     assert site.run(Task("train", 1, {"shared": torch.zeros(1)}), Workspaces()).error == "screen: the task's shared is not as declared"
@@ -312,7 +313,7 @@ def test_when_weights_diverge_then_the_site_says_so_and_keeps_its_last_state(tmp
     spec = spec.model_copy(update={"training": spec.training.model_copy(update={"learning_rate": 1e38, "clip_norm": 1e30})})
     method = build_method(spec.method)
     prepared = prepare(spec, method)
-    site = Site(prepared.roles["energy"], prepared.stores["energy"], spec, method, tmp_path)
+    site = Site(prepared.roles["energy"], prepared.stores["energy"], Plan(spec, method), tmp_path)
     layout, initial = model_layout(spec, method)
     reply = site.run(Task("train", 1, {"shared": initial[: layout.shared_size]}), Workspaces())
     assert reply.error is not None

@@ -9,14 +9,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.federations import small_spec, train_small
+from tests.federations import shared_size, small_spec, train_small
 from tests.methods.test_drift import CURVATURE, MINIMUM, OPTIMUM, _limit, _Site
 from torch import Tensor, nn
 
 from fedcast import Forecaster
 from fedcast.data.windows import Batch, Windows
 from fedcast.errors import FederationError, SpecError
-from fedcast.methods.base import Client, Server, Update, build_method, shared_size
+from fedcast.methods.base import Client, Server, Update, build_method
 from fedcast.methods.fedal import FedAl, decompose, default_kernel, domain_bias
 from fedcast.models.architectures.causal import CausalTransformer
 from fedcast.models.base import ModelConfig

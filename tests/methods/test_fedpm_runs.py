@@ -14,6 +14,7 @@ from tests.federations import DOMAINS, small_spec, train_small
 import fedcast.run.pretrain as pretraining
 from fedcast.federated.fleet import Fleet
 from fedcast.federated.messages import Reply, Task
+from fedcast.federated.plan import Plan
 from fedcast.federated.workspace import build_workspace, model_layout
 from fedcast.methods.base import build_method
 from fedcast.methods.fedpm import FedPM
@@ -214,7 +215,7 @@ def test_when_sites_start_then_their_encoders_are_the_same() -> None:
     method = build_method(spec.method)
     layout, initial = model_layout(spec, method)
     for _ in range(2):
-        workspace = build_workspace(spec, method, {}, Backend.resolve(spec.training))
+        workspace = build_workspace(Plan(spec, method), {}, Backend.resolve(spec.training))
         assert torch.equal(workspace.initial, initial)
         encoder = workspace.model.encoder.embedding.weight
         assert torch.equal(encoder, layout.views(initial)["encoder.embedding.weight"])
@@ -222,7 +223,7 @@ def test_when_sites_start_then_their_encoders_are_the_same() -> None:
 
 def test_when_rows_come_back_in_another_order_then_only_their_moments_are_forgotten() -> None:
     spec = small_spec("fedpm")
-    workspace = build_workspace(spec, FedPM(), {}, Backend.resolve(spec.training))
+    workspace = build_workspace(Plan(spec, FedPM()), {}, Backend.resolve(spec.training))
     workspace.parameters.gradient.fill_(1.0)
     workspace.optimiser.step(1e-3)
     workspace.optimiser.forget_shared()

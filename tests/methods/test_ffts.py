@@ -12,12 +12,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.federations import small_spec, train_small
+from tests.federations import shared_size, small_spec, train_small
 from torch import Tensor, nn
 
 from fedcast.data.windows import Batch, Windows
 from fedcast.errors import ModelError, SpecError
-from fedcast.methods.base import Client, Server, Update, build_method, shared_size
+from fedcast.methods.base import Client, Server, Update, build_method
 from fedcast.methods.ffts import FFTS, geometric_mask, masked_error, trend_places
 from fedcast.models.architectures import build_model
 from fedcast.models.architectures.trend import TrendTransformer

@@ -17,6 +17,7 @@ from fedcast.data.windows import WindowSampler
 from fedcast.errors import RunError, SpecError
 from fedcast.federated.conflict import PROBES, SKETCH, GradientProbe, conflict_row, cosines_of, encoder_gradient, probe_batch
 from fedcast.federated.messages import Reply, Task
+from fedcast.federated.plan import Plan
 from fedcast.federated.rounds import Silent
 from fedcast.federated.site import Site
 from fedcast.federated.workspace import Workspaces, model_layout
@@ -218,7 +219,7 @@ def test_when_the_spec_does_not_ask_then_a_site_gives_no_gradient(tmp_path: Path
     spec = small_spec("fedavg")
     method = build_method(spec.method)
     prepared = prepare(spec, method)
-    site = Site(prepared.roles["energy"], prepared.stores["energy"], spec, method, tmp_path)
+    site = Site(prepared.roles["energy"], prepared.stores["energy"], Plan(spec, method), tmp_path)
     layout, initial = model_layout(spec, method)
     reply = site.run(Task("evaluate", 1, {"shared": initial[: layout.shared_size]}, {"part": "gradient"}), Workspaces())
     assert reply.error == "screen: no gradient leaves the site"

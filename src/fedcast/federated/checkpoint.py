@@ -35,6 +35,8 @@ class Progress:
         Smallest mean validation loss so far, and its round.
     bytes_up, bytes_down, seconds
         Sums over all rounds so far.
+    peak_memory
+        The most bytes the coordinating process held at once.
     rows
         The rows of the checkpoint's own round: they are appended to the log after the checkpoint, and again after a kill between
         the two.
@@ -45,6 +47,7 @@ class Progress:
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float = 0.0
+    peak_memory: int = 0
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 

@@ -20,7 +20,7 @@ from fedcast.federated.messages import Reply, all_finite
 from fedcast.methods.base import Method
 from fedcast.models.architectures import build_model
 from fedcast.models.architectures.causal import CausalTransformer
-from fedcast.models.patch import PatchTransformer
+from fedcast.models.contract import Model
 from fedcast.spec import RunSpec
 from fedcast.tasks.objectives import Objective
 from fedcast.training.aggregate import Sketch, Vectors, pairwise_cosines
@@ -54,7 +54,7 @@ class GradientProbe:
         self._sampler, self._spec = sampler, spec
         self._batch: Batch | None = None
 
-    def answer(self, model: PatchTransformer, task: Objective) -> dict[str, Tensor]:
+    def answer(self, model: Model, task: Objective) -> dict[str, Tensor]:
         """Return the sketch, float32, at most :data:`SKETCH` long, as ``"gradient"``; nothing where there is no validation window.
 
         Raises
@@ -78,7 +78,7 @@ def probe_batch(sampler: WindowSampler) -> Batch:
     return sampler.gather(sampler.evaluation("validation", PROBES))
 
 
-def encoder_gradient(model: PatchTransformer, task: Objective, batch: Batch) -> Tensor:
+def encoder_gradient(model: Model, task: Objective, batch: Batch) -> Tensor:
     """Return the gradient of the task's loss with respect to the ``encoder.*`` parameters, in their order, as one vector."""
     encoder = [parameter for name, parameter in model.named_parameters() if name.startswith("encoder.")]
     frozen = [parameter for parameter in encoder if not parameter.requires_grad]
@@ -176,6 +176,8 @@ def check_reportable(spec: RunSpec, method: Method, trains: Mapping[str, bool], 
         that its gradient would be taken through.
     """
     off = "or set evaluation.conflict = 0"
+    if spec.model.checkpoint is not None or spec.tuning.name != "full":
+        raise SpecError("gradients are compared where a model is trained from scratch, not where one is fine-tuned", hint=off[3:])
     with torch.device("meta"):
         model = build_model(method.model_config(spec.model))
     layout = Layout.of(dict(model.named_parameters()), method.shares)

@@ -49,7 +49,7 @@ class Intake:
         self._method, self._shapes = method, shapes
         self._awaited = dict(samples)
         sizes = {name: shapes[name][0] for name in MODEL_PARTS if name in shapes}
-        self._mean = StreamingMean(sizes, sum(samples.values())) if method.streams else None
+        self._mean = StreamingMean(sizes, sum(samples.values())) if method.streams and sizes else None
         self._folder: TemporaryDirectory[str] | None = None
         if self._mean is None and 4 * sum(sizes.values()) * len(samples) > IN_MEMORY:
             folder.mkdir(parents=True, exist_ok=True)
@@ -89,6 +89,11 @@ class Intake:
         """Why sites are not part of the round, in the order of their names."""
         late = dict.fromkeys(self._awaited, "no reply before the deadline")
         return dict(sorted((self._refused | late).items()))
+
+    def answers(self, prefix: str) -> dict[str, dict[str, Tensor]]:
+        """Return the tensors of each usable reply whose names begin with ``prefix``, by site; before :meth:`aggregate`."""
+        found = {site: {n: t for n, t in update.tensors.items() if n.startswith(prefix)} for site, update in self._updates.items()}
+        return {site: tensors for site, tensors in found.items() if tensors}
 
     def aggregate(self, server: Server) -> None:
         """Bring the round into the server's state and let go of the vectors."""

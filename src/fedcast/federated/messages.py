@@ -153,6 +153,11 @@ def screen(reply: Reply, shapes: Mapping[str, tuple[int, ...]], *, largest_sampl
         raise ScreenError("its metrics are not named finite numbers", hint=hint)
 
 
+def is_local(task: Task) -> bool:
+    """Return whether a site is to go on alone, from the weights it was sent or those it has: nothing of its work travels."""
+    return task.kind == "train" and task.meta.get("stage") == "local"
+
+
 def screen_task(task: Task, shapes: Mapping[str, tuple[int | None, ...]]) -> None:
     """Check a task against its declared layout before a site works on it.
 
@@ -161,7 +166,8 @@ def screen_task(task: Task, shapes: Mapping[str, tuple[int | None, ...]]) -> Non
     task
         The task.
     shapes
-        Every tensor it may hold, with its shape (``None``: any length); ``"shared"`` it must hold. All are float32 and finite.
+        Every tensor it may hold, with its shape (``None``: any length); ``"shared"`` it must hold, but where the site goes on alone.
+        All are float32 and finite.
 
     Raises
     ------
@@ -169,7 +175,7 @@ def screen_task(task: Task, shapes: Mapping[str, tuple[int | None, ...]]) -> Non
         Naming the first thing that does not hold.
     """
     hint = "check that both sides run the same version of fedcast"
-    if "shared" not in task.tensors or not task.tensors.keys() <= shapes.keys():
+    if ("shared" not in task.tensors and not is_local(task)) or not task.tensors.keys() <= shapes.keys():
         raise ScreenError("the task's tensors are not as declared", hint=hint)
     for name, tensor in task.tensors.items():
         fits = tensor.dim() == len(shapes[name]) and all(want in (None, got) for want, got in zip(shapes[name], tensor.shape, strict=True))

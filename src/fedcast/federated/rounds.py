@@ -20,6 +20,7 @@ from fedcast.federated.conflict import conflict_row
 from fedcast.federated.fleet import Fleet
 from fedcast.federated.intake import Intake
 from fedcast.federated.messages import Reply, Task
+from fedcast.federated.plan import TUNING, Plan, tuning_state
 from fedcast.federated.site import SiteRole
 from fedcast.methods.base import Method, Server
 from fedcast.spec import RunSpec
@@ -69,8 +70,8 @@ class RoundLoop:
 
     Attributes
     ----------
-    spec, method
-        What is run.
+    plan
+        What is run, and what it trains.
     roles
         The sites by name.
     samples
@@ -85,8 +86,7 @@ class RoundLoop:
         Called when the validation loss is the smallest so far.
     """
 
-    spec: RunSpec
-    method: Method
+    plan: Plan
     fleet: Fleet
     roles: Mapping[str, SiteRole]
     samples: Mapping[str, int]
@@ -95,6 +95,16 @@ class RoundLoop:
     log: Callable[[dict[str, Any]], None]
     keep_best: Callable[[Server], None]
     observer: Observer
+
+    @property
+    def spec(self) -> RunSpec:
+        """The run's spec."""
+        return self.plan.spec
+
+    @property
+    def method(self) -> Method:
+        """The run's method."""
+        return self.plan.method
 
     def run(self, progress: Progress) -> Progress:
         """Run the rounds that are left after ``server.round``."""
@@ -110,13 +120,14 @@ class RoundLoop:
         self.observer.phase("select", number)
         selected = self._select(trainers, number)
         validates = self._validates(number)
-        meta = {"export": self._exports(number)}
-        tasks = {name: Task("train", number, self.method.message(self.server, name), meta) for name in selected}
+        tasks = {name: self._task(name, number) for name in selected}
         self.observer.phase("client", number)
         intake = self._collect(tasks, number)
         self._check_quorum(intake, selected, number)
         self.observer.phase("aggregate", number)
-        intake.aggregate(self.server)
+        if not self._local(number):
+            self._decide(intake, number)
+            intake.aggregate(self.server)
         trained = time.perf_counter()
         rows = []
         if validates:
@@ -139,6 +150,39 @@ class RoundLoop:
             self.log(logged)
             self.observer.row(logged)
 
+    def _local(self, number: int) -> bool:
+        """Whether sites go on alone in this round."""
+        return number > self.server.rounds - self.method.adaptation(self.server.rounds)
+
+    def _task(self, site: str, number: int) -> Task:
+        if not self._local(number):
+            return Task("train", number, {**self.method.message(self.server, site), **self._tuned()}, {"export": self._exports(number)})
+        # Sent once: then each site has weights of its own.
+        first = not self._local(number - 1)
+        shared = {"shared": self.server.shared_of(site)} if first else {}
+        return Task("train", number, {**shared, **self._tuned()}, {"stage": "local"})
+
+    def _tuned(self) -> dict[str, torch.Tensor]:
+        """Return what the tuning sends with the weights."""
+        return {name: tensor for name, tensor in self.server.tensors.items() if name.startswith(TUNING)}
+
+    def _decide(self, intake: Intake, number: int) -> None:
+        """Let the tuning bring the sites' answers into its state."""
+        answers = intake.answers(TUNING)
+        if not answers:
+            return
+        sites = sorted(answers)
+        weights = [float(intake.meta[site]["samples"]) for site in sites]
+        state = self.plan.tuning.decide(
+            tuning_state(self.server.tensors),
+            [tuning_state(answers[site]) for site in sites],
+            weights,
+            round=number,
+            rounds=self.server.rounds,
+            seed=self.spec.seed,
+        )
+        self.server.tensors |= {f"{TUNING}{name}": tensor for name, tensor in state.items()}
+
     def _exports(self, number: int) -> bool:
         """Whether sites send the private part: for the shadow when the model is scored, for each site's own model at the end."""
         when = self.method.exports()
@@ -156,8 +200,10 @@ class RoundLoop:
 
     def _collect(self, tasks: Mapping[str, Task], number: int) -> Intake:
         layout = self.server.layout
-        shapes = {"shared": (layout.shared_size,), **self.method.reply_shapes(self.method.model_config(self.spec.model))}
-        if self._exports(number):
+        shapes: dict[str, tuple[int, ...]] = {}
+        if not self._local(number):
+            shapes = {"shared": (layout.shared_size,), **self.method.reply_shapes(self.plan.shape), **self.plan.answer_shapes}
+        if self._exports(number) and shapes:
             shapes["private"] = (layout.private_size,)
         intake = Intake(self.method, {site: self.samples[site] for site in tasks}, shapes, self.checkpoints.folder)
         for site, reply in self.fleet.run(tasks, self.spec.federation.deadline_s):
@@ -253,8 +299,8 @@ class RoundLoop:
     def _model_for(self, site: str, expert: str | None) -> dict[str, torch.Tensor]:
         server = self.server
         if expert is not None:
-            return {"shared": server.shared_of(expert), "private": server.experts[expert]}
-        tensors = {"shared": server.shared_of(site)}
+            return {"shared": server.shared_of(expert), "private": server.experts[expert], **self._tuned()}
+        tensors = {"shared": server.shared_of(site), **self._tuned()}
         if not self.roles[site].trains and server.experts:
             names = sorted(server.experts)
             tensors["experts"] = torch.stack([server.experts[name] for name in names])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,15 +10,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedcast.data.medical import MEDICAL_SOURCES
 from fedcast.data.splits import Splits, train_scale
 from fedcast.data.store import SeriesStore
 from fedcast.data.windows import Batch, WindowSampler
 from fedcast.evaluate.baselines import baseline_forecast
+from fedcast.evaluate.medical import available_windows, client_scores
 from fedcast.evaluate.metrics import score
 from fedcast.evaluate.windows import EvaluationSet, evaluation_set
 from fedcast.models.base import QUANTILES
+from fedcast.models.contract import Model
 from fedcast.models.mixture import DomainMixture
-from fedcast.models.patch import PatchTransformer
 from fedcast.spec import RunSpec
 from fedcast.tasks.objectives import Objective
 from fedcast.tasks.reconstruct import Reconstructor, reconstruction_mse, window_deviation
@@ -33,19 +36,27 @@ class SiteScores:
         self._validation: Batch | None = None
         self._test: dict[int, EvaluationSet] = {}
 
-    def loss(self, model: PatchTransformer, task: Objective) -> float | None:
+    def loss(self, model: Model, task: Objective) -> float | None:
         """Return the task's mean loss over the validation windows; ``None`` where the site has none."""
+        batch = self._validation_windows(model.device)
+        return task.validate(model, batch, self._since(batch, self._splits.train_end)) if len(batch.windows) else None
+
+    def validation_batches(self, device: torch.device, size: int) -> Sequence[Batch]:
+        """Return the validation windows in batches of at most ``size``; none where the site has none."""
+        batch = self._validation_windows(device)
+        return list(batch.split(size, rest=True))
+
+    def _validation_windows(self, device: torch.device) -> Batch:
         if self._validation is None:
             windows = self._sampler.evaluation("validation", self._spec.evaluation.validation_windows)
-            self._validation = self._sampler.gather(windows).to(model.device)
-        batch = self._validation
-        return task.validate(model, batch, self._since(batch, self._splits.train_end)) if len(batch.windows) else None
+            self._validation = self._sampler.gather(windows).to(device)
+        return self._validation
 
     def _since(self, batch: Batch, start: NDArray[np.int64]) -> Tensor:
         """Return where a part of the series starts, int64 [B], in steps from each window's first target; contexts reach back before it."""
         return torch.from_numpy(start[batch.windows.series] - batch.windows.end)
 
-    def test(self, model: PatchTransformer | DomainMixture, *, baselines: bool) -> dict[str, Any]:
+    def test(self, model: Model | DomainMixture, *, baselines: bool) -> dict[str, Any]:
         """Return test scores of a model, of the spec's baselines where asked, and forecasts for the report where the spec keeps some.
 
         Returns
@@ -59,13 +70,25 @@ class SiteScores:
             test = self._windows(horizon)
             point, quantiles = forecast_windows(model, test.context, horizon)
             scores = score(test, point, quantiles)
+            if self._spec.data.source in MEDICAL_SOURCES:
+                scores |= self._protocol(test, point)
             if horizon == horizons[-1] and isinstance(model, Reconstructor):
                 scores |= self._reconstruction(model)
-            own = {name: score(test, *baseline_forecast(name, test)) for name in self._spec.evaluation.baselines} if baselines else {}
+            own = {name: self._baseline(name, test) for name in self._spec.evaluation.baselines} if baselines else {}
             answer["results"].append({"horizon": horizon, "windows": len(test), "scores": scores, "baselines": own})
             if baselines and horizon == horizons[0]:
                 answer["samples"] = self._samples(test, point, quantiles)
         return answer
+
+    def _baseline(self, name: str, test: EvaluationSet) -> dict[str, float]:
+        point, quantiles = baseline_forecast(name, test)
+        scores = score(test, point, quantiles)
+        return scores | self._protocol(test, point) if self._spec.data.source in MEDICAL_SOURCES else scores
+
+    def _protocol(self, test: EvaluationSet, point: NDArray[np.floating]) -> dict[str, float]:
+        """Return the scores of the medical protocol, and how many test windows weigh them (:mod:`fedcast.evaluate.medical`)."""
+        scores = {f"batch_{name}": value for name, value in client_scores(test.target, point).items()}
+        return {**scores, "windows_available": float(available_windows(self._store.lengths, self._splits, test.horizon))}
 
     def _windows(self, horizon: int) -> EvaluationSet:
         if horizon not in self._test:
@@ -110,7 +133,7 @@ class SiteScores:
 
 
 def forecast_windows(
-    model: PatchTransformer | DomainMixture, context: NDArray[np.float32], horizon: int
+    model: Model | DomainMixture, context: NDArray[np.float32], horizon: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Forecast windows ``[W, L]`` (NaN where missing); return point ``[W, H]`` and quantiles ``[W, H, 9]`` in the units of the data."""
     if not len(context):

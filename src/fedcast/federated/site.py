@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 import time
@@ -20,14 +21,14 @@ from torch import Tensor
 from fedcast.data.splits import split_store
 from fedcast.data.store import SeriesStore
 from fedcast.data.windows import Batch, WindowSampler
-from fedcast.errors import FedcastError, ModelError
+from fedcast.errors import CheckpointError, FedcastError, ModelError
 from fedcast.federated.conflict import GradientProbe
-from fedcast.federated.messages import Reply, Task, all_finite, screen_task
+from fedcast.federated.messages import Reply, Task, all_finite, is_local, screen_task
+from fedcast.federated.plan import TUNING, Plan
 from fedcast.federated.scoring import SiteScores
 from fedcast.federated.state import SiteStates
 from fedcast.federated.workspace import Workspace, Workspaces, build_extra
-from fedcast.methods.base import Client, Method
-from fedcast.spec import RunSpec
+from fedcast.methods.base import Client
 from fedcast.tasks.objectives import build_task
 from fedcast.training.backend import Backend
 from fedcast.training.loop import learning_rate, train
@@ -35,7 +36,25 @@ from fedcast.training.loop import learning_rate, train
 _MOMENTS = "moments."
 METHOD = "method."
 """What a method keeps stands under this prefix in a site's state."""
+_ADAPTED, _ANCHOR = "adapted", "anchor"
 _AHEAD = 8
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Whether a site adapts the model to itself, after the federation; the weights it starts from, and those it may be pulled to."""
+
+    local: bool
+    weights: Tensor
+    anchor: Tensor
+
+    @classmethod
+    def of(cls, task: Task, state: Mapping[str, Tensor]) -> _Stage:
+        if "shared" in task.tensors:
+            return cls(is_local(task), task.tensors["shared"], task.tensors["shared"])
+        if _ADAPTED not in state:
+            raise CheckpointError("the site has no weights of its own to go on from", hint="remove the run folder and start again")
+        return cls(True, state[_ADAPTED], state[_ANCHOR])
 
 
 @dataclass(frozen=True)
@@ -75,15 +94,15 @@ class Site:
         The site's part in the run.
     store
         Its series; they never leave it.
-    spec, method
-        The run.
+    plan
+        What the run trains.
     folder
         The site's own folder for private state.
     """
 
-    def __init__(self, role: SiteRole, store: SeriesStore, spec: RunSpec, method: Method, folder: Path) -> None:
+    def __init__(self, role: SiteRole, store: SeriesStore, plan: Plan, folder: Path) -> None:
         self.role = role
-        self._spec, self._method = spec, method
+        self._plan, self._spec, self._method = plan, plan.spec, plan.method
         self._folder = folder
         self._states = SiteStates(folder)
         self._memory: dict[str, Any] = {}
@@ -91,9 +110,10 @@ class Site:
         # One task at a time: a late reply's work must not meet the next round's.
         self._busy = threading.Lock()
         self._newest = 0
+        spec = plan.spec
         model, data = spec.model, spec.data
         splits = split_store(store, data, model.horizon)
-        self._sampler = WindowSampler(store, splits, context=model.context, horizon=model.horizon, balance=method.balance)
+        self._sampler = WindowSampler(store, splits, context=model.context, horizon=model.horizon, balance=plan.method.balance)
         self._scores = SiteScores(role.name, store, splits, self._sampler, spec)
         self._probe = GradientProbe(self._sampler, spec)
         self._task = build_task(model.objective)
@@ -129,19 +149,18 @@ class Site:
 
     def _workspace(self, workspaces: Workspaces) -> Workspace:
         def make() -> dict[str, torch.nn.Module]:
-            config = self._method.model_config(self._spec.model)
-            return build_extra(lambda: self._method.modules(config, self._sampler), self._spec.seed)
+            return build_extra(lambda: self._method.modules(self._plan.shape, self._sampler), self._spec.seed)
 
         if self._shapes is None:
             self._shapes = tuple((name, tuple(p.shape)) for name, module in sorted(make().items()) for p in module.parameters())
-        return workspaces.get(self._shapes, self._spec, self._method, make, self._backend)
+        return workspaces.get(self._shapes, self._plan, make, self._backend)
 
     def _message_shapes(self, workspace: Workspace) -> dict[str, tuple[int | None, ...]]:
         layout = workspace.parameters.layout
         private = workspace.model_size - layout.shared_size
         fixed: dict[str, tuple[int | None, ...]] = {"shared": (layout.shared_size,), "private": (private,), "fallback": (private,)}
         experts: dict[str, tuple[int | None, ...]] = {"experts": (None, private), "expert_shared": (None, layout.shared_size)}
-        return {**fixed, **experts, **self._method.message_shapes(workspace.twin.config)}
+        return {**fixed, **experts, **self._plan.state_shapes, **self._method.message_shapes(self._plan.shape)}
 
     def _steps(self) -> int:
         federation, training = self._spec.federation, self._spec.training
@@ -153,7 +172,9 @@ class Site:
 
     def _train(self, task: Task, workspace: Workspace) -> Reply:
         state = self._states.before(task.round)
-        workspace.load(task.tensors["shared"], state.get("private"))
+        stage = _Stage.of(task, state)
+        workspace.load(stage.weights, state.get("private"))
+        workspace.tune(task.tensors)
         keeps = self._spec.training.moments == "keep"
         moments = {name.removeprefix(_MOMENTS): value for name, value in state.items() if name.startswith(_MOMENTS)}
         if keeps and moments:
@@ -162,27 +183,28 @@ class Site:
                 workspace.optimiser.forget_shared()
         else:
             workspace.optimiser.reset()
-        client = self._client(task, workspace, state)
+        client = self._client(task, workspace, state, stage)
         if self._spec.training.compile:
             training, model = self._spec.training, self._spec.model
             client.record("compile_seconds", workspace.compile(training.batch_size, model.context, model.horizon))
         steps = self._steps()
         done, total = (task.round - 1) * steps, self._spec.federation.rounds * steps
+        restarts = self._spec.training.schedule_over == "round"
         record = train(
             workspace.parameters,
             workspace.optimiser,
             self._batches(client.rng, steps, workspace.device),
-            lambda batch: self._method.local_loss(client, batch),
+            lambda batch: self._loss(client, workspace, batch),
             steps=steps,
-            rate=lambda step: learning_rate(self._spec.training, done + step, total),
+            rate=lambda step: learning_rate(self._spec.training, *((step, steps) if restarts else (done + step, total))),
             correction=lambda: self._method.correction(client),
         )
         if not (isfinite(record.loss) and all_finite(workspace.parameters.vector)):
             # Kept, such weights would spoil every later round of the site.
             raise ModelError("training diverged: a weight or the loss is not finite", hint="lower training.learning_rate or clip_norm")
-        reply = self._method.reply(client)
+        reply = {} if stage.local else {**self._method.reply(client), **self._answers(task, workspace)}
         self._keep(task.round, client, workspace, keeps)
-        tensors = {"shared": workspace.parameters.shared, **reply}
+        tensors = {} if stage.local else {"shared": workspace.parameters.shared, **reply}
         if client.exporting:
             tensors["private"] = workspace.private_of_model
         meta = {
@@ -195,7 +217,26 @@ class Site:
         # Copies, on the CPU: the workspace goes on to the next site, and only workspaces lie on another device.
         return Reply({name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}, meta)
 
-    def _client(self, task: Task, workspace: Workspace, state: Mapping[str, Tensor]) -> Client:
+    def _loss(self, client: Client, workspace: Workspace, batch: Batch) -> Tensor:
+        with workspace.stepping():
+            return self._method.local_loss(client, batch)
+
+    def _answers(self, task: Task, workspace: Workspace) -> dict[str, Tensor]:
+        """Return what the tuning has a site answer after its steps."""
+        if not self._plan.answer_shapes:
+            return {}
+        generator = torch.Generator()
+        answers = self._plan.tuning.answer(
+            workspace.model,
+            lambda batch: self._task.step(workspace.model, batch, lambda: generator)[0],
+            lambda: self._scores.validation_batches(workspace.device, self._spec.training.batch_size),
+            round=task.round,
+            rounds=self._spec.federation.rounds,
+            seed=self._spec.seed,
+        )
+        return {f"{TUNING}{name}": tensor.float() for name, tensor in answers.items()}
+
+    def _client(self, task: Task, workspace: Workspace, state: Mapping[str, Tensor], stage: _Stage) -> Client:
         seed = np.random.SeedSequence([self._spec.seed, zlib.crc32(self.role.name.encode()), task.round])
         return Client(
             site=self.role.name,
@@ -205,11 +246,12 @@ class Site:
             extra=workspace.extra,
             task=self._task,
             parameters=workspace.parameters,
-            received={name: tensor.to(workspace.device) for name, tensor in task.tensors.items()},
+            received={name: tensor.to(workspace.device) for name, tensor in {**task.tensors, "shared": stage.anchor}.items()},
             sampler=self._sampler,
             state={name.removeprefix(METHOD): value.to(workspace.device) for name, value in state.items() if name.startswith(METHOD)},
             rng=np.random.default_rng(seed),
             exporting=bool(task.meta.get("export", False)),
+            adapting=stage.local,
             _memory=self._memory,
         )
 
@@ -225,22 +267,26 @@ class Site:
         state = {f"{METHOD}{name}": value for name, value in client.state.items()}
         if workspace.parameters.private.numel():
             state["private"] = workspace.parameters.private
+        if client.adapting:
+            state |= {_ADAPTED: workspace.parameters.shared, _ANCHOR: client.received["shared"]}
         if keeps:
             state |= {f"{_MOMENTS}{name}": value for name, value in workspace.optimiser.state().items()}
         self._states.save(round_, {name: tensor.cpu() for name, tensor in state.items()})
 
     def _evaluate(self, task: Task, workspace: Workspace) -> Reply:
         private = task.tensors.get("private")
+        own = self._states.before(task.round + 1) if self.role.trains else {}
         if private is None and self.role.trains:
             # A site that was never selected has no private weights of its own yet.
-            private = self._states.before(task.round + 1).get("private", task.tensors.get("fallback"))
-        workspace.load(task.tensors["shared"], private)
+            private = own.get("private", task.tensors.get("fallback"))
+        workspace.load(own.get(_ADAPTED, task.tensors["shared"]), private)
+        workspace.tune(task.tensors)
         if task.meta.get("part") == "validation":
             return Reply(meta={"loss": self._scores.loss(workspace.twin, self._task)})
         if task.meta.get("part") == "gradient":
             return Reply(self._probe.answer(workspace.twin, self._task))
         if task.meta.get("personal", False):
-            workspace.twin.save_pretrained(self._folder / "model")
+            self._plan.tuning.save(copy.deepcopy(workspace.twin), self._folder / "model")
         experts = task.tensors.get("experts")
         model = workspace.twin if experts is None else workspace.mixture(task.tensors.get("expert_shared", task.tensors["shared"]), experts)
         return Reply(meta=self._scores.test(model, baselines=bool(task.meta.get("baselines", False))))

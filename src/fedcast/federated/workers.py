@@ -21,6 +21,7 @@ import fedcast.methods  # noqa: F401 - registers the methods in a worker process
 from fedcast.data.store import SeriesStore
 from fedcast.errors import FedcastError, SiteError, WireError
 from fedcast.federated.messages import Reply, Task
+from fedcast.federated.plan import Plan
 from fedcast.federated.site import Site, SiteRole
 from fedcast.federated.workspace import Workspaces
 from fedcast.methods.base import build_method
@@ -155,7 +156,7 @@ def _work(connection: Connection, spec: dict[str, Any], roles: list[dict[str, An
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     run_spec = RunSpec.model_validate(spec)
     Backend.resolve(run_spec.training).use()
-    method = build_method(run_spec.method)
+    plan = Plan(run_spec, build_method(run_spec.method))
     known = {role["name"]: SiteRole(**role) for role in roles}
     sites: dict[str, Site] = {}
     workspaces = Workspaces()
@@ -167,7 +168,7 @@ def _work(connection: Connection, spec: dict[str, Any], roles: list[dict[str, An
             return
         try:
             if name not in sites:
-                sites[name] = Site(known[name], SeriesStore.open(Path(stores[name])), run_spec, method, Path(folder) / name)
+                sites[name] = Site(known[name], SeriesStore.open(Path(stores[name])), plan, Path(folder) / name)
             reply = sites[name].run(Task.decode(payload), workspaces)
         except FedcastError as error:
             reply = Reply(error=f"{error.code}: {error.message}")

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from fedcast.federated.plan import Plan, tuning_state
 from fedcast.methods.base import Method
-from fedcast.models.architectures import build_model
 from fedcast.models.base import ModelConfig
+from fedcast.models.contract import Model
 from fedcast.models.mixture import DomainMixture
 from fedcast.models.patch import PatchTransformer
+from fedcast.models.seeding import GLOBAL_STATE, seeded
 from fedcast.spec import RunSpec
 from fedcast.training.backend import Backend
 from fedcast.training.flat import FlatAdamW, FlatParameters, Layout
-
-# Building modules draws from torch's global random stream, and compiling fills torch's global caches; threads share both.
-_BUILD = threading.Lock()
 
 
 @dataclass
@@ -30,22 +31,28 @@ class Workspace:
 
     Attributes
     ----------
+    plan
+        What the run trains.
     initial
         Weights before any training ``[size]``: the same at every site and at the server.
     model_size
         Length of the part of the vector that is the model; the method's own modules come after it.
     stream
         The CUDA stream of everything the workspace does; ``None`` on the CPU.
+    mixed
+        Whether training steps compute in bfloat16 by autocast, the parameters being float32: so published models do.
     """
 
-    model: PatchTransformer
-    twin: PatchTransformer
+    plan: Plan
+    model: Model
+    twin: Model
     extra: nn.ModuleDict
     parameters: FlatParameters
     optimiser: FlatAdamW
     initial: Tensor
     model_size: int
     stream: torch.cuda.Stream | None = None
+    mixed: bool = False
     _compiled: bool = False
 
     @property
@@ -67,20 +74,33 @@ class Workspace:
         """
         if self._compiled:
             return 0.0
-        with _BUILD:
+        with GLOBAL_STATE:
             start = time.perf_counter()
-            self.model.packs = False
-            embedding = self.model.encoder.embedding
+            model = cast(PatchTransformer, self.model)
+            model.packs = False
+            embedding = model.encoder.embedding
             # Two of its biases have the same gradient, of which torch 2.13 makes C++ in bfloat16 that no compiler takes.
             embedding.forward = torch.compiler.disable(embedding.forward)  # type: ignore[method-assign, no-untyped-call]
-            for part in (self.model.encoder, self.model.decoder, self.model.heads):
+            for part in (model.encoder, model.decoder, model.heads):
                 part.compile(dynamic=False)
             values = torch.zeros(windows, context, device=self.device)
-            output = self.model.normalised(values, torch.ones_like(values, dtype=torch.bool), horizon)
+            output = model.normalised(values, torch.ones_like(values, dtype=torch.bool), horizon)
             (output.point.sum() + output.quantiles.sum()).backward()  # type: ignore[no-untyped-call]
             self.parameters.gradient.zero_()
         self._compiled = True
         return time.perf_counter() - start
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Compute a training step's forward pass in the run's precision."""
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.mixed):
+            yield
+
+    def tune(self, tensors: Mapping[str, Tensor]) -> None:
+        """Bring the tuning's state in a message into model and twin."""
+        state = {name: tensor.to(self.device) for name, tensor in tuning_state(tensors).items()}
+        for model in (self.model, self.twin):
+            self.plan.tuning.apply(model, state)
 
     def load(self, shared: Tensor, private: Tensor | None) -> None:
         """Take over shared weights and, where given, private ones (of the model, or of model and extra modules)."""
@@ -96,7 +116,8 @@ class Workspace:
         count = sum(not name.startswith("extra.") for name in layout.names)
         of_model = Layout(layout.names[:count], layout.shapes[:count], layout.shared)
         vectors = torch.cat([shared.expand(len(experts), -1), experts], dim=1)
-        return build_mixture(self.twin.config, of_model, {str(i): vector for i, vector in enumerate(vectors)}).to(self.device)
+        named = {str(i): vector for i, vector in enumerate(vectors)}
+        return build_mixture(cast(ModelConfig, self.twin.config), of_model, named).to(self.device)
 
     @property
     def private_of_model(self) -> Tensor:
@@ -105,12 +126,9 @@ class Workspace:
 
 
 def model_layout(spec: RunSpec, method: Method) -> tuple[Layout, Tensor]:
-    """Return the layout of the model's parameters and their initial values ``[size]``."""
-    with _BUILD:
-        model = build_model(method.model_config(spec.model), spec.seed)
-    named = dict(model.named_parameters())
-    layout = Layout.of(named, method.shares)
-    return layout, layout.flatten(named)
+    """Return the layout of the trained parameters and their initial values ``[size]``."""
+    plan = Plan(spec, method)
+    return plan.layout, plan.initial
 
 
 def build_mixture(config: ModelConfig, layout: Layout, experts: Mapping[str, Tensor]) -> DomainMixture:
@@ -119,35 +137,53 @@ def build_mixture(config: ModelConfig, layout: Layout, experts: Mapping[str, Ten
     return DomainMixture.of(config, states, layout.names[: layout.shared])
 
 
-def build_workspace(spec: RunSpec, method: Method, extra: Mapping[str, nn.Module], backend: Backend) -> Workspace:
+def build_workspace(plan: Plan, extra: Mapping[str, nn.Module], backend: Backend) -> Workspace:
     """Build a workspace for sites whose extra modules have these shapes."""
+    spec = plan.spec
     stream = torch.cuda.Stream() if backend.device == "cuda" else None  # type: ignore[no-untyped-call]
     # Built on its own stream: no kernel of it can then run before those that fill its tensors.
     with torch.cuda.stream(stream):
-        with _BUILD:
-            model, twin = (build_model(method.model_config(spec.model), spec.seed).to(backend.device) for _ in range(2))
+        model = plan.build().to(backend.device)
+        twin = copy.deepcopy(model)
         modules = nn.ModuleDict(dict(extra)).to(backend.device)
-        shared = {name: p for name, p in model.named_parameters() if method.shares(name)}
-        private = {name: p for name, p in model.named_parameters() if name not in shared}
+        native = isinstance(model, PatchTransformer)
+        dtype = backend.dtype if native else torch.float32
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         own = {f"extra.{name}": p for name, p in modules.named_parameters()}
-        named = {**shared, **private, **own}
-        layout = Layout.of(named, lambda name: name in shared)
-        parameters = FlatParameters(named, layout, backend.dtype)
-        parameters.bind(dict(twin.named_parameters()))
-        training, native = spec.training, backend.kernels == "native"
-        model.use_native(native)
+        shared = {name for name in trained if plan.shares(model, name)}
+        named = {**trained, **own}
+        parameters = FlatParameters(named, Layout.of(named, shared.__contains__), dtype)
+        parameters.bind({name: p for name, p in twin.named_parameters() if name in trained})
+        _freeze(model, twin, dtype)
+        kernels = backend.kernels == "native"
+        # A native block reads its weights directly: it would not see an adapter, and computes gradients for all of them.
+        model.use_native(kernels and not plan.tuning.rewires and len(trained) == len(list(model.parameters())))
+        training = spec.training
         optimiser = FlatAdamW(
             parameters,
             beta1=training.beta1,
             beta2=training.beta2,
             weight_decay=training.weight_decay,
             clip_norm=training.clip_norm,
-            native=native,
+            native=kernels,
         )
-        model_size = layout.size - sum(p.numel() for p in own.values())
+        model_size = parameters.layout.size - sum(p.numel() for p in own.values())
         model.train()
         twin.eval()
-        return Workspace(model, twin, modules, parameters, optimiser, parameters.vector.clone(), model_size, stream)
+        mixed = not native and backend.precision == "bfloat16"
+        return Workspace(plan, model, twin, modules, parameters, optimiser, parameters.vector.clone(), model_size, stream, mixed)
+
+
+def _freeze(model: Model, twin: Model, dtype: torch.dtype) -> None:
+    """Let frozen weights be in the compute type, and held once where the twin computes in it too."""
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    twins = dict(twin.named_parameters())
+    for name, parameter in frozen.items():
+        twins[name].requires_grad_(False)
+        if parameter.dtype == dtype:
+            twins[name].data = parameter.data
+        else:
+            parameter.data = parameter.data.to(dtype)
 
 
 class Workspaces(threading.local):
@@ -157,17 +193,14 @@ class Workspaces(threading.local):
         torch.set_num_threads(1)
         self._made: dict[object, Workspace] = {}
 
-    def get(
-        self, key: object, spec: RunSpec, method: Method, make_extra: Callable[[], dict[str, nn.Module]], backend: Backend
-    ) -> Workspace:
+    def get(self, key: object, plan: Plan, make_extra: Callable[[], dict[str, nn.Module]], backend: Backend) -> Workspace:
         """Return this thread's workspace for a key, building it (with extra modules of its own) the first time."""
         if key not in self._made:
-            self._made[key] = build_workspace(spec, method, make_extra(), backend)
+            self._made[key] = build_workspace(plan, make_extra(), backend)
         return self._made[key]
 
 
 def build_extra(make: Callable[[], dict[str, nn.Module]], seed: int) -> dict[str, nn.Module]:
     """Build a method's own modules reproducibly, without moving torch's global random stream."""
-    with _BUILD, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return make()

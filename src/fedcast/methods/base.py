@@ -6,22 +6,22 @@ default, so FedAvg itself is an empty class. ``docs/adding-a-method.md`` has a c
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, ValidationError, create_model
 from torch import Tensor, nn
 
 from fedcast.data.windows import Batch, WindowSampler
-from fedcast.errors import SpecError, UnknownNameError
-from fedcast.models.architectures import build_model
+from fedcast.errors import SpecError
 from fedcast.models.base import ModelConfig, Output
-from fedcast.models.patch import ARCHITECTURES, PatchTransformer
+from fedcast.models.contract import Encoding, Model, ModelShape
+from fedcast.models.patch import ARCHITECTURES
+from fedcast.registry import build, describe, register
+from fedcast.registry import hyper as hyper
 from fedcast.spec import MethodSpec, ModelSpec
 from fedcast.tasks.objectives import Objective
 from fedcast.training.aggregate import Vectors, weighted_mean
@@ -60,12 +60,14 @@ class Client:
         Seeded by run, site and round.
     exporting
         Whether the server asked for the private part of the model, to serve domains that no site has seen.
+    adapting
+        Whether the federation is over and the site adapts the model to itself; ``received["shared"]`` is then where that began.
     """
 
     site: str
     round: int
     rounds: int
-    model: PatchTransformer
+    model: Model
     extra: nn.ModuleDict
     task: Objective
     parameters: FlatParameters
@@ -74,12 +76,13 @@ class Client:
     state: dict[str, Tensor]
     rng: np.random.Generator
     exporting: bool = False
+    adapting: bool = False
     scratch: dict[str, Any] = field(default_factory=dict)
     _memory: dict[str, Any] = field(default_factory=dict)
     _records: dict[str, list[Tensor | float]] = field(default_factory=dict)
 
-    def task_loss(self, batch: Batch) -> tuple[Tensor, Output]:
-        """Return the task's loss (a scalar) and the model's output for a batch."""
+    def task_loss(self, batch: Batch) -> tuple[Tensor, Output | Encoding]:
+        """Return the task's loss (a scalar) and the model's output for a batch; published models give their features alone."""
         return self.task.step(self.model, batch, self.generator)
 
     def generator(self) -> torch.Generator:
@@ -151,6 +154,8 @@ class Server:
         JSON values for the round's row.
     config
         Shape of the model, for a method that trains at the server; a run sets it.
+    parts
+        Name of each parameter in the layout with its part of the model in front (:meth:`fedcast.models.contract.Model.part`).
     """
 
     layout: Layout
@@ -164,6 +169,7 @@ class Server:
     experts: dict[str, Tensor] = field(default_factory=dict)
     log: dict[str, Any] = field(default_factory=dict)
     config: ModelConfig | None = None
+    parts: dict[str, str] = field(default_factory=dict)
 
     def shared_of(self, site: str) -> Tensor:
         """Return the shared weights that a site has after the round, ``[shared_size]``."""
@@ -207,13 +213,7 @@ class Method:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Register the subclass; a duplicate or empty name is refused."""
         super().__init_subclass__(**kwargs)
-        if not cls.name:
-            raise SpecError(f"method class {cls.__name__} has no name", hint="set the class attribute `name`")
-        known = METHODS.get(cls.name)
-        # A slotted or re-executed definition of the same class replaces itself; another class must not take its name.
-        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise SpecError(f"two methods are named {cls.name!r}: {known.__module__} and {cls.__module__}", hint="rename one of them")
-        METHODS[cls.name] = cls
+        register("method", cls, cls.name, METHODS)
 
     def model_config(self, model: ModelSpec) -> ModelConfig:
         """Return the configuration of the model it trains, from a spec's ``[model]`` section.
@@ -230,6 +230,17 @@ class Method:
         if model.objective == "reconstruct" and not hasattr(ARCHITECTURES[own], "fill"):
             raise SpecError(f"the model of method {self.name!r} reconstructs nothing", hint="leave model.objective at 'forecast'")
         return replace(ModelConfig.of(model), architecture=own)
+
+    def federated_rounds(self, rounds: int) -> int:
+        """Return how many of the spec's rounds are run: all, but for controls that train nothing."""
+        return rounds
+
+    def adaptation(self, rounds: int) -> int:
+        """Return how many of the rounds, at the end, each site trains alone from the federation's model; nothing travels in them.
+
+        The site is then scored with weights of its own; domains that no site has seen keep the federation's model.
+        """
+        return 0
 
     def unseen(self) -> Unseen:
         """Return which model forecasts a domain that no site has seen.
@@ -252,7 +263,7 @@ class Method:
         """Return whether the parameter of that name travels; the others never leave their site."""
         return True
 
-    def modules(self, config: ModelConfig, sampler: WindowSampler) -> dict[str, nn.Module]:
+    def modules(self, shape: ModelShape, sampler: WindowSampler) -> dict[str, nn.Module]:
         """Return modules that are trained beside the model at this site and never sent."""
         return {}
 
@@ -269,11 +280,11 @@ class Method:
         """Return further tensors to send beside the shared weights; declared by :meth:`reply_shapes`."""
         return {}
 
-    def reply_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    def reply_shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
         """Return names and shapes of the further tensors of a reply: what the screen lets pass."""
         return {}
 
-    def message_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    def message_shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
         """Return names and shapes of the tensors a message may hold beside the shared weights: what a site lets pass."""
         return {}
 
@@ -302,65 +313,19 @@ class Method:
         return cls.aggregate is Method.aggregate and cls.combine is Method.combine
 
 
-def shared_size(method: Method, config: ModelConfig) -> int:
-    """Return how many of the model's weights travel: the length of ``"shared"``."""
-    with torch.device("meta"):
-        model = build_model(config)
-    return sum(parameter.numel() for name, parameter in model.named_parameters() if method.shares(name))
-
-
 def method_names() -> list[str]:
     """Return the names of all methods, sorted."""
     return sorted(METHODS)
 
 
 def build_method(spec: MethodSpec) -> Method:
-    """Return the method a spec names, its hyper-parameters checked.
-
-    Raises
-    ------
-    UnknownNameError
-        When no method or hyper-parameter has that name.
-    SpecError
-        When a hyper-parameter's value is refused.
-    """
-    if spec.name not in METHODS:
-        raise UnknownNameError.of("method", spec.name, METHODS)
-    cls = METHODS[spec.name]
-    known = [f.name for f in dataclasses.fields(cls)]
-    for option in spec.options:
-        if option not in known:
-            raise UnknownNameError.of(f"hyper-parameter of method {spec.name!r}:", option, known)
-    # A pydantic twin of the dataclass: hints are resolved in the module of each class, also for methods outside this package.
-    hints = get_type_hints(cls, include_extras=True)
-    fields: dict[str, Any] = {f.name: (hints[f.name], f.default) for f in dataclasses.fields(cls)}
-    try:
-        return cls(**dict(create_model(cls.__name__, __config__=ConfigDict(allow_inf_nan=False), **fields).model_validate(spec.options)))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise SpecError(
-            f"method.{key} = {first['input']!r} is refused: {first['msg']}", hint=f"see `fedcast methods {spec.name}`"
-        ) from error
+    """Return the method a spec names, its hyper-parameters checked; see :func:`fedcast.registry.build`."""
+    return build("method", spec.name, spec.options, METHODS, help=f"see `fedcast methods {spec.name}`")
 
 
 def describe_methods() -> list[dict[str, Any]]:
     """Return name, summary and hyper-parameters (name, type, default, description) of every method."""
-    rows = []
-    for name in method_names():
-        cls = METHODS[name]
-        parameters = [
-            {"name": f.name, "type": str(f.type), "default": f.default, "description": f.metadata.get("doc", "")}
-            for f in dataclasses.fields(cls)
-        ]
-        rows.append({"name": name, "summary": cls.summary, "parameters": parameters})
-    return rows
-
-
-def hyper(default: T, doc: str) -> T:
-    """Declare a hyper-parameter with its default and one line of documentation."""
-    value: T = field(default=default, metadata={"doc": doc})
-    return value
+    return describe(METHODS)
 
 
 def empty() -> Tensor:

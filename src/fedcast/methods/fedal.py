@@ -29,6 +29,7 @@ from fedcast.methods.base import Client, Method, Server, Update, hyper
 from fedcast.methods.feddyn import FedDyn
 from fedcast.models.architectures.causal import BiasAxes, CausalTransformer
 from fedcast.models.base import ModelConfig
+from fedcast.models.contract import ModelShape
 from fedcast.models.masking import observed_patches, patch_mask
 from fedcast.spec import ModelSpec
 from fedcast.tasks.reconstruct import ReconstructTask, whole_windows
@@ -184,18 +185,18 @@ class FedAl(Method):
         client.state["coreset_nearest"] = nearest
         return made
 
-    def reply_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    def reply_shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
         """Declare the bias ``[N, d]`` or ``[1, d]`` and the core-set ``[K, T]``, T the steps of context and horizon."""
-        patches = config.context_patches + config.horizon_patches
-        shapes = self.message_shapes(config)
+        patches = shape.context_patches + shape.horizon_patches
+        shapes = self.message_shapes(shape)
         if self.gbe and self.coreset > 0:
-            shapes["coreset"] = (self.coreset, patches * config.patch)
+            shapes["coreset"] = (self.coreset, patches * shape.patch)
         return shapes
 
-    def message_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    def message_shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
         """Declare the global bias ``[N, d]`` or ``[1, d]``."""
-        rows = 1 if self.axes == "batch+token" else config.context_patches + config.horizon_patches
-        return {"bias": (rows, config.d_model)} if self.dbe else {}
+        rows = 1 if self.axes == "batch+token" else shape.context_patches + shape.horizon_patches
+        return {"bias": (rows, shape.d_model)} if self.dbe else {}
 
     def message(self, server: Server, site: str) -> dict[str, Tensor]:
         """Send the shared weights and, from round 2 on, the global bias."""

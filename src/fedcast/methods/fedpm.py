@@ -43,6 +43,7 @@ from fedcast.data.windows import Batch
 from fedcast.methods.base import Client, Method, Server, Unseen, Update, hyper
 from fedcast.models.architectures.prototype import EPSILON, Prediction, PrototypeTransformer, Reading
 from fedcast.models.base import QUANTILES, ModelConfig, Output
+from fedcast.models.contract import ModelShape
 from fedcast.spec import ModelSpec
 from fedcast.tasks.forecast import pinball
 from fedcast.training.aggregate import Vectors, weighted_mean
@@ -164,7 +165,7 @@ class FedPM(Method):
         client.parameters.shared.view(self.prototypes, self.width)[rows[: len(drawn)]] = features[drawn]
         client.parameters.publish()
 
-    def reply_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    def reply_shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
         """Declare the counts, ``[M]``."""
         return {"counts": (self.prototypes,)}
 

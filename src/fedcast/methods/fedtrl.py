@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from fedcast.data.windows import Batch, WindowSampler
 from fedcast.methods.base import Client, Method, Server, Unseen, Update, hyper
 from fedcast.methods.subdomains import count_labels, make_labeller
-from fedcast.models.base import ModelConfig
+from fedcast.models.contract import ModelShape
 
 _EMA = 0.9
 _ALTERNATIONS = 3
@@ -78,7 +78,7 @@ class FedTRL(Method):
         """Let the encoder travel (found: only encoders are aggregated), or everything as an ablation."""
         return self.travels == "all" or name.startswith("encoder.")
 
-    def modules(self, config: ModelConfig, sampler: WindowSampler) -> dict[str, nn.Module]:
+    def modules(self, shape: ModelShape, sampler: WindowSampler) -> dict[str, nn.Module]:
         """Return the discriminator ``d -> d/2 -> C`` on patch features, where the site has more than one sub-domain.
 
         Its classes are the site's own, so it stays there. No dropout (the specification's 0.1): a global random stream would make
@@ -87,7 +87,7 @@ class FedTRL(Method):
         classes = count_labels(self.labels, sampler, self.clusters)
         if self.alpha == 0 or classes < 2:
             return {}
-        width = config.d_model
+        width = shape.d_model
         return {"discriminator": nn.Sequential(nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, classes))}
 
     def local_loss(self, client: Client, batch: Batch) -> Tensor:
@@ -139,14 +139,14 @@ class FedTRL(Method):
             tensors["deviation"] = client.scratch["variance"].sqrt()
         return tensors
 
-    def reply_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    def reply_shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
         """Declare prototype and deviation, ``[d]`` each."""
         names = ("prototype", "deviation") if self.barycentre == "wasserstein" else ("prototype",)
-        return dict.fromkeys(names, (config.d_model,))
+        return dict.fromkeys(names, (shape.d_model,))
 
-    def message_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    def message_shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
         """Declare the barycentre, ``[d]``."""
-        return {"prototype": (config.d_model,)}
+        return {"prototype": (shape.d_model,)}
 
     def message(self, server: Server, site: str) -> dict[str, Tensor]:
         """Send the shared weights and, from round 2 on, the barycentre."""

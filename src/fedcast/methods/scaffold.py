@@ -15,8 +15,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedcast.methods.base import Client, Method, Server, Update, hyper, shared_size
-from fedcast.models.base import ModelConfig
+from fedcast.methods.base import Client, Method, Server, Update, hyper
+from fedcast.models.contract import ModelShape
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,17 @@ class Scaffold(Method):
         client.state["control"] = after
         return {"control_step": after - before}
 
-    def reply_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    def reply_shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
         """Declare the move of the control variate."""
-        return {"control_step": (shared_size(self, config),)}
+        return {"control_step": (shape.shared_size,)}
 
     def message(self, server: Server, site: str) -> dict[str, Tensor]:
         """Send the shared weights and the server's control variate."""
         return {"shared": server.shared, "control": self._control(server)}
 
-    def message_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    def message_shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
         """Declare the server's control variate."""
-        return {"control": (shared_size(self, config),)}
+        return {"control": (shape.shared_size,)}
 
     def aggregate(self, server: Server, updates: Sequence[Update]) -> None:
         """Move along the mean update, and the control variate by the sites' moves over all sites (line 16 and 17)."""

@@ -100,7 +100,7 @@ def read_model(folder: Path, form: type[D]) -> tuple[D, dict[str, Tensor]]:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "its root"
         raise CheckpointError(f"{path} is refused at {where}: {first['msg']}", hint=_AGAIN) from error
-    return document, _read_weights(folder / WEIGHTS, document.weights_sha256)
+    return document, read_weights(folder / WEIGHTS, document.weights_sha256)
 
 
 _AGAIN = "copy the model folder again, or save the model again with this version of fedcast"
@@ -137,10 +137,11 @@ def _read_bytes(path: Path) -> bytes:
         raise CheckpointError(f"{path} {reason}", hint="give the folder that save_pretrained wrote, or a run folder with final/") from error
 
 
-def _read_weights(path: Path, digest: str) -> dict[str, Tensor]:
+def read_weights(path: Path, digest: str | None = None) -> dict[str, Tensor]:
+    """Read a safetensors file; :class:`CheckpointError` when it is missing, damaged, or its SHA-256 is not ``digest``."""
     content = _read_bytes(path)
     hint = "copy the model folder again; the two files belong together"
-    if hashlib.sha256(content).hexdigest() != digest:
+    if digest is not None and hashlib.sha256(content).hexdigest() != digest:
         raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in {CONFIG}", hint=hint)
     try:
         # a copy lies where torch lays its own tensors: products can round differently at another alignment
@@ -151,7 +152,7 @@ def _read_weights(path: Path, digest: str) -> dict[str, Tensor]:
 
 def check_tensors(folder: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
     """Refuse tensors that are missing, surplus, of another shape, of several types or not finite, by :class:`CheckpointError`."""
-    path = folder / WEIGHTS
+    path = folder if folder.is_file() else folder / WEIGHTS
     hint = f"use the {CONFIG} that was saved beside these weights"
     missing, surplus = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or surplus:

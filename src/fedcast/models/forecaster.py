@@ -19,13 +19,13 @@ from pandas.tseries.offsets import Day, Tick
 from utilsforecast.processing import make_future_dataframe
 
 from fedcast.data.frames import LongFrame, read_frame
-from fedcast.errors import CheckpointError, ModelError, QuantileError
+from fedcast.errors import ModelError, QuantileError
 from fedcast.models.base import QUANTILES, ForecastArrays
-from fedcast.models.files import CONFIG, model_format
-from fedcast.models.mixture import FORMAT as MIXTURE
+from fedcast.models.checkpoints import load_checkpoint
+from fedcast.models.contract import Model
 from fedcast.models.mixture import DomainMixture
-from fedcast.models.patch import PatchTransformer, model_class
 from fedcast.models.precision import Precision, forecast_dtype
+from fedcast.models.published.base import Published
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -66,21 +66,26 @@ class Forecaster:
     a hundredth of a series' standard deviation on average, and scores by less than 0.3 %.
     """
 
-    def __init__(self, model: PatchTransformer | DomainMixture) -> None:
+    def __init__(self, model: Model | DomainMixture) -> None:
         self.model = model.eval()
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Self:
-        """Read a model folder, or the ``final`` model of a run folder, whose scores the run reports.
+        """Read a model folder, the ``final`` model of a run folder, whose scores the run reports, or a published checkpoint.
+
+        Parameters
+        ----------
+        path
+            A folder, or a published checkpoint's name on the Hugging Face hub, such as ``amazon/chronos-bolt-tiny``.
 
         Raises
         ------
         CheckpointError
-            When the folder holds no usable model.
+            When there is no usable model.
+        MissingExtraError
+            When a published model's library is not installed.
         """
-        folder = Path(path)
-        final = folder / "final"
-        return cls(load_model(final if final.is_dir() else folder))
+        return cls(load_checkpoint(path))
 
     def predict(
         self,
@@ -205,10 +210,12 @@ class Forecaster:
                     options.progress(done, count)
         return point, levels
 
-    def _model(self, precision: Precision | None) -> PatchTransformer | DomainMixture:
+    def _model(self, precision: Precision | None) -> Model | DomainMixture:
         """Return the model in the type of a precision: itself where it has that type."""
-        if precision is None:
+        if precision is None or (isinstance(self.model, Published) and precision != "bfloat16"):
             return self.model
+        if isinstance(self.model, Published):
+            raise ModelError("published models forecast in float32", hint="leave the precision out")
         dtype = forecast_dtype(precision, self.model.device)
         if all(parameter.dtype == dtype for parameter in self.model.parameters()):
             return self.model
@@ -231,22 +238,6 @@ def _mapping(device: torch.device, workers: int) -> Iterator[Callable[[Callable[
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)  # torch would give 1 to later threads of this process
-
-
-def load_model(folder: str | Path) -> PatchTransformer | DomainMixture:
-    """Read a model folder of either kind.
-
-    Raises
-    ------
-    CheckpointError
-        When the folder holds no usable model.
-    """
-    path = Path(folder)
-    sites = [] if (path / CONFIG).exists() else sorted(config.parent.name for config in path.glob(f"*/{CONFIG}"))
-    if sites:
-        raise CheckpointError(f"{path} holds one model a site: {', '.join(sites)}", hint=f"name one of them, such as {path / sites[0]}")
-    mixture = model_format(path) == MIXTURE
-    return DomainMixture.from_pretrained(folder) if mixture else model_class(folder).from_pretrained(folder)
 
 
 def _gather(values: Floats, offsets: Ints, rows: Ints, length: int) -> Floats:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedcast.errors import CheckpointError, ModelError
 from fedcast.models.base import QUANTILES, Forecast, ModelConfig, Output
+from fedcast.models.contract import Model
 from fedcast.models.files import Document, check_tensors, read_config, read_model, write_model
 from fedcast.models.layers import DecoderBlock, EncoderBlock, InstanceNorm, Linear, PatchEmbedding, key_bias, rotary_table
 from fedcast.models.packing import Packing, arrange
@@ -127,7 +128,7 @@ class Heads(nn.Module):
         return point[:, :horizon], quantiles[:, :horizon]
 
 
-class PatchTransformer(nn.Module):
+class PatchTransformer(Model):
     """Channel-independent patch transformer for forecasting.
 
     Each window is standardised over its observed points (:class:`~fedcast.models.layers.InstanceNorm`, in float32 whatever the
@@ -152,6 +153,8 @@ class PatchTransformer(nn.Module):
     """
 
     architecture: ClassVar[str] = "patch"
+    lora_targets: ClassVar[tuple[str, ...]] = ("qkv", "query", "kv")
+    config: ModelConfig
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Register a subclass under its architecture's name."""
@@ -171,6 +174,10 @@ class PatchTransformer(nn.Module):
     def from_spec(cls, spec: ModelSpec, seed: int) -> Self:
         """Build the model of a spec's ``[model]`` section, with initial weights drawn from ``seed``."""
         return cls(ModelConfig.of(spec), seed)
+
+    def fresh(self, seed: int) -> Self:
+        """Return a model of the same shape with initial weights drawn from ``seed``, on the CPU."""
+        return type(self)(self.config, seed)
 
     @property
     def device(self) -> torch.device:

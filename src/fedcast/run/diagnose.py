@@ -12,7 +12,7 @@ from fedcast.errors import RunError
 from fedcast.federated.conflict import cosines_of, encoder_gradient, probe_batch
 from fedcast.federated.site import METHOD
 from fedcast.federated.state import SiteStates
-from fedcast.models.forecaster import load_model
+from fedcast.models.checkpoints import load_checkpoint
 from fedcast.models.mixture import DomainMixture
 from fedcast.run.folder import RunFolder
 from fedcast.run.prepare import load_training
@@ -39,7 +39,7 @@ def gradient_conflict(folder: RunFolder) -> tuple[float, float]:
         splits = split_store(store, spec.data, spec.model.horizon)
         sampler = WindowSampler(store, splits, context=spec.model.context, horizon=spec.model.horizon)
         own = folder.sites / name / "model"
-        model = load_model(own if own.is_dir() else folder.final)
+        model = load_checkpoint(own if own.is_dir() else folder.final)
         if isinstance(model, DomainMixture):
             raise RunError(f"site {name} has no model of its own", hint="finish the run, and keep data.partition = 'domain'")
         gradients.append(encoder_gradient(model, task, probe_batch(sampler)))

@@ -110,9 +110,8 @@ class RunFolder:
         """
         if (self.path / "run.json").is_file():
             held = self.about()
-            for key in ("spec_fingerprint", "data_fingerprint"):
-                if held[key] != about[key]:
-                    what = "spec" if key == "spec_fingerprint" else "data"
+            for key, what in (("spec_fingerprint", "spec"), ("data_fingerprint", "data"), ("checkpoint_sha256", "checkpoint")):
+                if held.get(key) != about.get(key):
                     raise ResumeError(
                         f"{self.path} holds a run of another {what}", hint="choose another --output, or remove the folder to start afresh"
                     )

@@ -17,6 +17,7 @@ from fedcast.data.windows import WindowSampler
 from fedcast.errors import SpecError, SplitError
 from fedcast.federated.conflict import check_reportable
 from fedcast.federated.fleet import Fleet, ThreadFleet
+from fedcast.federated.plan import Plan
 from fedcast.federated.site import Site, SiteRole
 from fedcast.federated.workers import ProcessFleet
 from fedcast.methods.base import Method
@@ -95,7 +96,7 @@ def prepare(spec: RunSpec, method: Method) -> Prepared:
     _check_sites(spec, method, roles, stores, samplers)
     samples = {name: samplers[name].n_points for name, role in roles.items() if role.trains}
     used = {name: sampler.splits.trained if _learns_from(roles[name]) else sampler.splits.kept for name, sampler in samplers.items()}
-    left_out = {name: int((~part).sum()) for name, part in used.items()}
+    left_out = {name: int((~(part | samplers[name].splits.only_tested)).sum()) for name, part in used.items()}
     hasher = hashlib.sha256()
     for name in sorted({*training, *held_out}):
         hasher.update(f"{name}:{loaded[name].fingerprint}\n".encode())
@@ -157,11 +158,12 @@ def _check_used(site: str, sampler: WindowSampler, spec: RunSpec) -> None:
         )
 
 
-def start_fleet(spec: RunSpec, method: Method, prepared: Prepared, folder: RunFolder) -> Fleet:
+def start_fleet(plan: Plan, prepared: Prepared, folder: RunFolder) -> Fleet:
     """Start the fleet a spec asks for."""
+    spec = plan.spec
     workers = spec.federation.workers
     if spec.federation.fleet == "threads":
-        sites = {name: Site(role, prepared.stores[name], spec, method, folder.sites / name) for name, role in prepared.roles.items()}
+        sites = {name: Site(role, prepared.stores[name], plan, folder.sites / name) for name, role in prepared.roles.items()}
         return ThreadFleet(sites, workers)
     stores = _save_stores(prepared.stores, folder.stores)
     return ProcessFleet(list(prepared.roles.values()), stores, spec, folder.sites, workers)

@@ -8,7 +8,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -16,14 +16,18 @@ from torch import Tensor
 
 import fedcast.methods  # noqa: F401 - registers the methods
 from fedcast.data.leakage import WITHOUT_TRAINING, exposures
+from fedcast.errors import SpecError
 from fedcast.federated.checkpoint import Checkpoints, Progress, digest
 from fedcast.federated.messages import Reply
+from fedcast.federated.plan import Plan
 from fedcast.federated.rounds import Observer, RoundLoop, Silent
 from fedcast.federated.site import SiteRole
-from fedcast.federated.workspace import build_mixture, model_layout
-from fedcast.methods.base import Method, Server, build_method, empty
-from fedcast.models.architectures import build_model
+from fedcast.federated.workspace import build_mixture
+from fedcast.methods.base import Server, build_method, empty
+from fedcast.models.base import ModelConfig
+from fedcast.models.checkpoints import weights_digest
 from fedcast.run.folder import RunFolder, write_text
+from fedcast.run.memory import peak_bytes, reset_peak
 from fedcast.run.prepare import Prepared, prepare, start_fleet
 from fedcast.spec import RunSpec, load_spec
 from fedcast.training.backend import Backend
@@ -94,18 +98,30 @@ def pretrain(
         See :mod:`fedcast.errors`.
     """
     run_spec = spec if isinstance(spec, RunSpec) else load_spec(spec, overrides)
+    if run_spec.model.checkpoint is not None:
+        raise SpecError(
+            f"the spec starts from the checkpoint {run_spec.model.checkpoint}, which is no training from scratch",
+            hint="use `fedcast finetune`",
+        )
+    return execute(run_spec, output=output, observer=observer)
+
+
+def execute(run_spec: RunSpec, *, output: str | Path | None, observer: Observer | None) -> Run:
+    """Run a spec, from scratch or from its checkpoint; see :func:`pretrain`."""
     method = build_method(run_spec.method)
     folder = RunFolder(output if output is not None else Path("runs") / run_spec.name)
+    plan = Plan(run_spec, method)
+    training = plan.training  # builds the model: what does not go together is named before data are read
     prepared = prepare(run_spec, method)
     with folder.locked():
         # Chosen once, by whoever started the run: every site computes alike, also after a resume elsewhere.
         resumes = (folder.path / "run.json").is_file()
-        backend = Backend.recorded(folder.about()) if resumes else Backend.resolve(run_spec.training)
+        backend = Backend.recorded(folder.about()) if resumes else Backend.resolve(training)
         held = folder.claim(run_spec, _about(run_spec, prepared, backend))
-        resolved = run_spec.model_copy(update={"training": backend.written_into(run_spec.training)})
+        resolved = plan.computing_with(backend.written_into(run_spec.training))
         if not (held and (folder.path / "results.parquet").is_file()):
             with backend.in_use():
-                _Pretraining(resolved, method, prepared, folder, observer or Silent()).run(resume=held)
+                _Training(resolved, prepared, folder, observer or Silent()).run(resume=held)
     return Run(folder.path)
 
 
@@ -114,6 +130,7 @@ def _about(spec: RunSpec, prepared: Prepared, backend: Backend) -> dict[str, Any
         "spec_fingerprint": spec.fingerprint(),
         "data_fingerprint": prepared.fingerprint,
         **backend.record(),
+        **({"checkpoint_sha256": weights_digest(spec.model.checkpoint)} if spec.model.checkpoint is not None else {}),
         "series_left_out": prepared.left_out,
         "version": __version__,
         "code": code_version(),
@@ -124,34 +141,36 @@ def _about(spec: RunSpec, prepared: Prepared, backend: Backend) -> dict[str, Any
     }
 
 
-class _Pretraining:
+class _Training:
     """One run in the making."""
 
-    def __init__(self, spec: RunSpec, method: Method, prepared: Prepared, folder: RunFolder, observer: Observer) -> None:
-        self._spec, self._method, self._prepared = spec, method, prepared
+    def __init__(self, plan: Plan, prepared: Prepared, folder: RunFolder, observer: Observer) -> None:
+        self._plan, self._prepared = plan, prepared
+        self._spec, self._method = spec, method = plan.spec, plan.method
         self._folder, self._observer = folder, observer
-        layout, self._initial = model_layout(spec, method)
+        layout, self._initial = plan.layout, plan.initial
         self._server = Server(
             layout=layout,
             shared=self._initial[: layout.shared_size].clone(),
             private=empty(),
             tensors={},
             round=0,
-            rounds=spec.federation.rounds,
+            rounds=method.federated_rounds(spec.federation.rounds),
             sites=sum(role.trains for role in prepared.roles.values()),
             config=method.model_config(spec.model),
+            parts=plan.parts,
         )
 
     def run(self, *, resume: bool) -> None:
+        reset_peak()
         checkpoints = Checkpoints(self._folder.checkpoints)
         progress = (checkpoints.load(self._server) if resume else None) or Progress()
         self._folder.rewind(self._server.round, progress.rows)
         threads = torch.get_num_threads()
-        fleet = start_fleet(self._spec, self._method, self._prepared, self._folder)
+        fleet = start_fleet(self._plan, self._prepared, self._folder)
         try:
             loop = RoundLoop(
-                spec=self._spec,
-                method=self._method,
+                plan=self._plan,
                 fleet=fleet,
                 roles=self._prepared.roles,
                 samples=self._prepared.samples,
@@ -172,10 +191,13 @@ class _Pretraining:
         """Score the final model, save it, and write the results."""
         self._observer.phase("test", self._server.round)
         self._save_unseen(self._folder.final)
+        if not self._server.rounds:
+            self._save_unseen(self._folder.best)
+        progress.peak_memory = max(progress.peak_memory, peak_bytes())
         roles = self._prepared.roles
         seen = [name for name, role in sorted(roles.items()) if role.evaluates and not role.held_out]
         unseen = [name for name, role in sorted(roles.items()) if role.held_out]
-        personal = self._server.layout.private_size > 0
+        personal = self._server.layout.private_size > 0 or self._method.adaptation(self._server.rounds) > 0
         answers = loop.evaluate(seen, {"part": "test", "baselines": True, "personal": personal})
         if self._method.unseen() == "each":
             answers |= self._average(loop, unseen, sorted(self._server.experts))
@@ -229,8 +251,13 @@ class _Pretraining:
             "code": code_version(),
             "rounds": self._server.round,
             "gradient_steps": steps,
-            "parameters": self._initial.numel(),
-            "parameters_sent": self._server.layout.shared_size,
+            "tuning": spec.tuning.name,
+            "tuning_options": json.dumps(spec.tuning.options, sort_keys=True),
+            "checkpoint": spec.model.checkpoint,
+            "parameters": self._plan.parameters,
+            "parameters_trained": self._server.layout.size if self._server.rounds else 0,
+            "parameters_sent": self._server.layout.shared_size if self._server.rounds else 0,
+            "peak_memory": progress.peak_memory,
             "wall_seconds": progress.seconds,
             "bytes_total": progress.bytes_up + progress.bytes_down,
         }
@@ -253,7 +280,7 @@ class _Pretraining:
         # In the order of the sites' names, not of their last replies, which a resume would not remember.
         experts = {site: torch.cat([server.shared_of(site), private]) for site, private in sorted(server.experts.items())}
         if unseen == "mixture" and experts:
-            build_mixture(self._method.model_config(self._spec.model), server.layout, experts).save_pretrained(folder)
+            build_mixture(self._mixed(), server.layout, experts).save_pretrained(folder)
         elif unseen == "each":
             for site, weights in experts.items():
                 self._save_model(weights, folder / site)
@@ -263,12 +290,12 @@ class _Pretraining:
 
     def _save_model(self, weights: Tensor, folder: Path) -> None:
         """Write weights, shared ones first, as a model that ``Forecaster.from_pretrained`` loads."""
-        model = build_model(self._method.model_config(self._spec.model))
-        views = self._server.layout.views(weights)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(views[name])
-        model.save_pretrained(folder)
+        self._plan.save(weights, self._server.tensors, folder)
+
+    def _mixed(self) -> ModelConfig:
+        """Return the configuration of the native models in a mixture."""
+        checkpoint = self._spec.model.checkpoint is not None
+        return cast(ModelConfig, self._plan.start().config) if checkpoint else self._method.model_config(self._spec.model)
 
 
 def _number(value: float) -> float | None:

@@ -16,7 +16,7 @@ from fedcast.federated.scoring import forecast_windows
 from fedcast.methods.base import build_method
 from fedcast.models.architectures import build_model
 from fedcast.models.architectures.prototype import PrototypeTransformer
-from fedcast.models.forecaster import load_model
+from fedcast.models.checkpoints import load_checkpoint
 from fedcast.models.mixture import DomainMixture
 from fedcast.models.patch import PatchTransformer
 from fedcast.run.folder import RunFolder
@@ -47,7 +47,7 @@ def serve_otherwise(folder: RunFolder, serving: Serving) -> pd.DataFrame:
     RunError
         When the final model is no mixture, or its experts cannot be served so.
     """
-    final = load_model(folder.final)
+    final = load_checkpoint(folder.final)
     if not isinstance(final, DomainMixture):
         raise RunError(f"{folder.path} has one model for all domains, no mixture", hint="choose a run whose method serves a mixture")
     models = _served(final, serving, folder)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fedcast.models.base import QUANTILES, Output
+from fedcast.models.contract import Encoding, Model, OwnLossModel
 
 if TYPE_CHECKING:
     from fedcast.data.windows import Batch
@@ -40,12 +41,14 @@ class ForecastTask:
     delta: float = 1.0
     limit: float = 50.0
 
-    def step(self, model: PatchTransformer, batch: Batch, generator: Callable[[], torch.Generator]) -> tuple[Tensor, Output]:
-        """Return the loss of a training batch and the model's output; nothing is drawn from the generator."""
-        output = model.normalised(batch.context, batch.mask, batch.target.shape[1])
+    def step(self, model: Model, batch: Batch, generator: Callable[[], torch.Generator]) -> tuple[Tensor, Output | Encoding]:
+        """Return the loss of a training batch and the model's output; a model with a loss of its own is trained with that."""
+        if isinstance(model, OwnLossModel):
+            return model.step(batch, generator)
+        output = cast("PatchTransformer", model).normalised(batch.context, batch.mask, batch.target.shape[1])
         return self.loss(output, batch), output
 
-    def validate(self, model: PatchTransformer, batch: Batch, since: Tensor) -> float:
+    def validate(self, model: Model, batch: Batch, since: Tensor) -> float:
         """Return the loss of validation windows; their targets lie in the validation part as a whole, so ``since`` has no effect."""
         with torch.inference_mode():
             return self.step(model, batch, torch.Generator)[0].item()

@@ -14,13 +14,13 @@ from torch import Tensor
 from fedcast.errors import ModelError
 from fedcast.models.architectures.causal import CausalTransformer
 from fedcast.models.base import QUANTILES, ModelConfig, Output
+from fedcast.models.contract import Model
 from fedcast.models.layers import InstanceNorm
 from fedcast.models.masking import observed_patches, patch_mask, spread
 from fedcast.tasks.forecast import pinball
 
 if TYPE_CHECKING:
     from fedcast.data.windows import Batch
-    from fedcast.models.patch import PatchTransformer
 
 RATIOS: tuple[float, ...] = (0.15, 0.30, 0.45, 0.60, 0.75)
 """Mask ratios of the score; that there are five is found, which ones is reconstructed (fedal.md A.6)."""
@@ -65,7 +65,7 @@ class ReconstructTask:
     limit: float = 50.0
     ratio: float = 0.75
 
-    def step(self, model: PatchTransformer, batch: Batch, generator: Callable[[], torch.Generator]) -> tuple[Tensor, Output]:
+    def step(self, model: Model, batch: Batch, generator: Callable[[], torch.Generator]) -> tuple[Tensor, Output]:
         """Hide patches of a batch; return the loss of their reconstruction and the model's output.
 
         Raises
@@ -75,7 +75,7 @@ class ReconstructTask:
         """
         if not isinstance(model, CausalTransformer):
             raise ModelError(
-                f"the architecture {model.architecture!r} does not train masked reconstruction as a task",
+                f"the architecture {model.config.architecture!r} does not train masked reconstruction as a task",
                 hint="set model.objective = 'forecast', or choose another method",
             )
         values, mask = whole_windows(batch, model.config.patch)
@@ -84,10 +84,11 @@ class ReconstructTask:
         error, quantile = self.loss(output, values, mask, hidden)
         return error + quantile, output
 
-    def validate(self, model: PatchTransformer, batch: Batch, since: Tensor) -> float:
+    def validate(self, model: Model, batch: Batch, since: Tensor) -> float:
         """Return the mean squared error over five mask ratios, in standard deviations of each window; see :func:`reconstruction_mse`."""
         if not isinstance(model, Reconstructor):
-            raise ModelError(f"the architecture {model.architecture!r} reconstructs nothing", hint="set model.objective = 'forecast'")
+            name = model.config.architecture
+            raise ModelError(f"the architecture {name!r} reconstructs nothing", hint="set model.objective = 'forecast'")
         return reconstruction_mse(model, batch, window_deviation(batch), since)["mse"]
 
     def loss(self, output: Output, values: Tensor, mask: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,15 +24,16 @@ class TrainingRecord:
 
 
 def learning_rate(training: TrainingSpec, step: int, total: int) -> float:
-    """Return the learning rate at a step of ``total``: linear warm-up, then cosine or constant."""
+    """Return the learning rate at a step of ``total``: linear warm-up, then cosine, linear or constant."""
     warmup = max(1, round(training.warmup * total))
     if step < warmup:
         return training.learning_rate * (step + 1) / warmup
     if training.schedule == "constant":
         return training.learning_rate
     progress = (step - warmup) / max(1, total - warmup)
-    floor = training.final_rate
-    return training.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    progress = min(1.0, progress)
+    fall = 0.5 * (1 + math.cos(math.pi * progress)) if training.schedule == "cosine" else 1 - progress
+    return training.learning_rate * (training.final_rate + (1 - training.final_rate) * fall)
 
 
 def train(

@@ -200,6 +200,8 @@ class WindowDecoder(nn.Module):
 
     def forward(self, features: Tensor, start: int, stop: int) -> Tensor:
         """Map features [B, N, d] to the window's points from ``start`` to ``stop``, [B, stop - start]."""
+        if not isinstance(self.out, Linear):  # an adapter stands in its place, which only a call reaches
+            return cast(Tensor, self.out(features.flatten(1))[:, start:stop])
         return F.linear(features.flatten(1), self.out.weight[start:stop], self.out.bias[start:stop])
 
 

@@ -1,0 +1,84 @@
+"""Fine-tune a checkpoint federatedly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import fedcast.tuning  # noqa: F401 - registers the tunings
+from fedcast.errors import SpecError
+from fedcast.federated.rounds import Observer
+from fedcast.run.pretrain import Run, execute
+from fedcast.spec import RunSpec, TuningSpec, load_spec
+from fedcast.tuning.base import Tuning, build_tuning
+
+CANDIDATES = "candidates"
+
+
+def finetune(
+    spec: RunSpec | str | Path,
+    *,
+    output: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    observer: Observer | None = None,
+) -> Run:
+    """Fine-tune ``model.checkpoint`` over the spec's domains and score it on theirs and on held-out ones.
+
+    Every site reads the checkpoint itself; only weights that the tuning trains and the method shares travel. A folder that already
+    holds this run is resumed. Where the tuning leaves a choice to the validation loss, such as ``tuning.alpha = "validation"``, each
+    candidate is a run of its own below ``candidates/``, and the best one is copied into the run folder.
+
+    Parameters
+    ----------
+    spec
+        A spec, or the path of a TOML file.
+    output
+        Run folder; ``runs/<name>`` when absent.
+    overrides
+        Dotted assignments such as ``"tuning.name=lora"``, when ``spec`` is a path.
+    observer
+        Hears of phases, sites and rows.
+
+    Returns
+    -------
+    Run
+        The finished run.
+
+    Raises
+    ------
+    SpecError, CheckpointError, MissingExtraError, DataError, FederationError, ResumeError
+        See :mod:`fedcast.errors`.
+    """
+    run_spec = spec if isinstance(spec, RunSpec) else load_spec(spec, overrides)
+    if run_spec.model.checkpoint is None:
+        raise SpecError("the spec names nothing to fine-tune", hint="set model.checkpoint, or train from scratch with `fedcast pretrain`")
+    candidates = build_tuning(run_spec.tuning).candidates()
+    if len(candidates) == 1:
+        return execute(run_spec, output=output, observer=observer)
+    folder = Path(output) if output is not None else Path("runs") / run_spec.name
+    tried: list[tuple[float, Path, dict[str, Any]]] = []
+    for candidate in candidates:
+        one = run_spec.model_copy(update={"tuning": _spec_of(candidate)})
+        run = execute(one, output=folder / CANDIDATES / _label(one.tuning), observer=observer)
+        losses = [row["mean"] for row in run.rows("validation") if row["mean"] is not None]
+        if not losses:
+            raise SpecError("no site has a validation window to choose by", hint=f"give a value in place of {run_spec.tuning.options}")
+        result = run.rows("result")[0]
+        costs = {name: result[name] for name in ("bytes_total", "wall_seconds", "gradient_steps")}
+        tried.append((min(losses), run.folder, {"tuning": one.to_dict()["tuning"], "validation_loss": min(losses), **costs}))
+    _, best, _ = min(tried, key=lambda each: each[0])
+    shutil.copytree(best, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
+    (folder / "candidates.json").write_text(json.dumps([about for *_, about in tried], indent=2) + "\n", encoding="utf-8")
+    return Run(folder)
+
+
+def _spec_of(tuning: Tuning) -> TuningSpec:
+    return TuningSpec(name=tuning.name, options=asdict(tuning))
+
+
+def _label(tuning: TuningSpec) -> str:
+    return "-".join([tuning.name, *(str(value) for value in tuning.options.values())])

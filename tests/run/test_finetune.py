@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.federations import small_spec, train_small
+
+from fedcast import Forecaster, finetune
+from fedcast.errors import CheckpointError, ResumeError, SpecError
+from fedcast.federated.messages import Task
+from fedcast.federated.plan import Plan
+from fedcast.federated.site import Site
+from fedcast.federated.workspace import Workspaces
+from fedcast.methods.base import build_method
+from fedcast.models.checkpoints import load_checkpoint
+from fedcast.run.prepare import prepare
+from fedcast.run.pretrain import Run, pretrain
+from fedcast.spec import RunSpec, parse_spec
+
+HEADER = 4096
+"""Most bytes of a message that are not its tensors: names, shapes, numbers of the round."""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train_small(small_spec("fedavg"), tmp_path_factory.mktemp("base"))
+
+
+def tuned(base: Run, method: str = "fedavg", tuning: dict[str, Any] | None = None, **options: Any) -> RunSpec:
+    document = small_spec(method, **options).to_dict()
+    document["model"]["checkpoint"] = str(base.final)
+    document["tuning"] = tuning or {"name": "full"}
+    return parse_spec(document)
+
+
+def scores(run: Run, method: str) -> list[float]:
+    results = run.results()
+    return [float(value) for value in results[results.model == method].sort_values("domain").mse]
+
+
+def test_when_nothing_is_trained_then_the_checkpoint_itself_is_scored_and_nothing_travels(base: Run, tmp_path: Path) -> None:
+    run = finetune(tuned(base, "zero_shot"), output=tmp_path / "run")
+    assert scores(run, "zero_shot") == scores(base, "fedavg")
+    row = run.rows("result")[0]
+    assert (row["gradient_steps"], row["bytes_total"], row["parameters_trained"], row["parameters_sent"]) == (0, 0, 0, 0)
+    for folder in (run.final, run.best):
+        state = load_checkpoint(folder).state_dict()
+        assert all(torch.equal(state[name], value) for name, value in load_checkpoint(base.final).state_dict().items())
+
+
+@pytest.mark.parametrize("tuning", [{"name": "lora", "rank": 2}, {"name": "head"}], ids=["lora", "head"])
+def test_when_only_some_weights_train_then_only_their_bytes_travel(base: Run, tuning: dict[str, Any], tmp_path: Path) -> None:
+    spec = tuned(base, tuning=tuning, rounds=2)
+    plan = Plan(spec, build_method(spec.method))
+    size = plan.layout.shared_size
+    assert 0 < size < 0.1 * plan.parameters
+    run = finetune(spec, output=tmp_path / "run")
+    for row in run.rows("round"):
+        assert row["bytes_up"] == row["bytes_down"] == 3 * 4 * size
+    prepared = prepare(spec, plan.method)
+    site = Site(prepared.roles["energy"], prepared.stores["energy"], plan, tmp_path / "site")
+    task = Task("train", 1, {"shared": plan.initial[:size]})
+    reply = site.run(task, Workspaces())
+    for message in (task.encode(), reply.encode()):
+        assert 4 * size < len(message) < 4 * size + HEADER
+
+
+def test_when_weights_are_frozen_then_they_leave_the_run_as_they_came(base: Run, tmp_path: Path) -> None:
+    run = finetune(tuned(base, tuning={"name": "head"}, rounds=2), output=tmp_path / "run")
+    before, after = load_checkpoint(base.final).state_dict(), load_checkpoint(run.final).state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.startswith("heads.")}
+
+
+def test_when_a_fine_tuned_run_is_repeated_with_one_worker_then_the_bytes_are_the_same(base: Run, tmp_path: Path) -> None:
+    digests = {
+        finetune(tuned(base, tuning={"name": "lora"}, rounds=2, workers=workers), output=tmp_path / str(workers)).rows("result")[0][
+            "weights_sha256"
+        ]
+        for workers in (1, 2)
+    }
+    assert len(digests) == 1
+
+
+def test_when_sites_adapt_after_the_federation_then_nothing_travels_and_they_are_scored_with_their_own_weights(
+    base: Run, tmp_path: Path
+) -> None:
+    run = finetune(tuned(base, "fedla", rounds=3), output=tmp_path / "run")
+    rounds = run.rows("round")
+    assert [row["bytes_up"] > 0 for row in rounds] == [True, True, False]
+    assert rounds[2]["bytes_down"] == rounds[1]["bytes_down"]  # the federation's model, once more: where they start from
+    federated = finetune(tuned(base, "fedavg", rounds=3), output=tmp_path / "federated")
+    own = {site: load_checkpoint(run.folder / "sites" / site / "model").state_dict() for site in ("energy", "health")}
+    shared = load_checkpoint(run.final).state_dict()
+    name = "heads.point.weight"
+    assert not torch.equal(own["energy"][name], own["health"][name])
+    assert not torch.equal(own["energy"][name], shared[name])
+    # what stands in the middle of the run is FedAvg's: the same windows, steps and means
+    assert [row["sites"]["energy"]["loss"] for row in rounds[:2]] == [row["sites"]["energy"]["loss"] for row in federated.rows("round")[:2]]
+
+
+def test_when_sites_are_pulled_hard_then_they_stay_nearer_to_the_federation(base: Run, tmp_path: Path) -> None:
+    distances = []
+    for mu in (0.0, 100.0):
+        run = finetune(tuned(base, "fedla", rounds=3, mu=mu), output=tmp_path / str(mu))
+        own, shared = (load_checkpoint(folder).state_dict() for folder in (run.folder / "sites" / "energy" / "model", run.final))
+        distances.append(float(sum((own[key] - shared[key]).square().sum() for key in shared)))
+    assert 0 < distances[1] < distances[0]
+
+
+def test_when_fedla_runs_as_released_then_every_round_is_averaged(base: Run, tmp_path: Path) -> None:
+    run = finetune(tuned(base, "fedla", rounds=3, as_released=True), output=tmp_path / "run")
+    assert all(row["bytes_up"] > 0 for row in run.rows("round"))
+    assert not (run.folder / "sites" / "energy" / "model").exists()
+
+
+def test_when_the_validation_chooses_then_each_candidate_is_a_run_and_the_best_is_kept(base: Run, tmp_path: Path) -> None:
+    spec = tuned(base, tuning={"name": "sff", "alpha": "validation"}, rounds=2, local_steps=2)
+    run = finetune(spec, output=tmp_path / "run")
+    tried = json.loads((run.folder / "candidates.json").read_text())
+    assert [each["tuning"]["alpha"] for each in tried] == [0.3, 0.5, 0.7, 0.9]
+    best = min(tried, key=lambda each: each["validation_loss"])
+    assert json.loads(run.rows("result")[0]["tuning_options"])["alpha"] == best["tuning"]["alpha"]
+    assert finetune(spec, output=tmp_path / "run").rows("result") == run.rows("result")
+
+
+def test_when_a_checkpoint_changes_under_a_run_then_it_is_not_resumed(base: Run, tmp_path: Path) -> None:
+    model = load_checkpoint(base.final)
+    model.save_pretrained(tmp_path / "model")
+    document = {**tuned(base, rounds=1).to_dict()}
+    document["model"] = {**document["model"], "checkpoint": str(tmp_path / "model")}
+    finetune(parse_spec(document), output=tmp_path / "run")
+    with torch.no_grad():
+        next(iter(model.parameters())).add_(1)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ResumeError, match="another checkpoint"):
+        finetune(parse_spec(document), output=tmp_path / "run")
+
+
+def test_when_spec_and_verb_do_not_go_together_then_the_other_verb_is_named(base: Run, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="nothing to fine-tune"):
+        finetune(small_spec("fedavg"), output=tmp_path / "run")
+    with pytest.raises(SpecError, match="no training from scratch"):
+        pretrain(tuned(base), output=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("method", "tuning", "match"),
+    [
+        ("ffts", {"name": "full"}, "trains the architecture 'trend'"),
+        ("fedtrl", {"name": "lora"}, "mixture of native models"),
+        ("fedavg", {"name": "lora", "rank": 0}, "rank"),
+        ("fedavg", {"name": "prompt"}, "unknown tuning"),
+    ],
+)
+def test_when_parts_do_not_fit_then_the_run_is_refused_before_it_trains(
+    base: Run, method: str, tuning: dict[str, Any], match: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SpecError, match=match):
+        finetune(tuned(base, method, tuning), output=tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_when_there_is_no_such_checkpoint_then_that_is_said(base: Run, tmp_path: Path) -> None:
+    document = tuned(base).to_dict()
+    document["model"]["checkpoint"] = str(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="nowhere"):
+        finetune(parse_spec(document), output=tmp_path / "run")
+
+
+def test_when_a_fine_tuned_model_is_saved_then_it_forecasts(base: Run, tmp_path: Path) -> None:
+    run = finetune(tuned(base, tuning={"name": "lora"}, rounds=1), output=tmp_path / "run")
+    forecast = Forecaster.from_pretrained(run.folder).predict_arrays([[1.0, 2.0, 3.0, 2.0] * 8], 8)
+    assert forecast.quantiles.shape == (1, 8, 9)
