@@ -30,6 +30,15 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def real_weights() -> Path:
+    """The folder of real pre-trained weights that FEDCAST_WEIGHTS names."""
+    folder = os.environ.get("FEDCAST_WEIGHTS")
+    if not folder:
+        pytest.skip("FEDCAST_WEIGHTS is not set")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
 def kernels_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder with the native kernels compiled; what needs it is skipped by name where they cannot be."""
     if not library.supported():
