@@ -2,9 +2,9 @@
 
 ``"bundled"`` is shipped inside the package (see ``bundled/DATA_CARD.md``). ``"catalogue"`` is built from the raw recordings in the folder
 that the environment variable ``FEDCAST_DATA`` names; what is taken of each is written in :mod:`fedcast.data.sources.recipes`. ``"ltsf"``
-is built from the same folder, see :mod:`fedcast.data.sources.ltsf`. Built stores are kept in ``FEDCAST_CACHE`` (default
-``~/.cache/fedcast``, or the platform's cache folder), keyed by the checksums of the raw files and of the code that reads them, so neither
-changed data nor changed code gives a stale store.
+is built from the same folder, see :mod:`fedcast.data.sources.ltsf`, and so are the medical sources, see :mod:`fedcast.data.medical`.
+Built stores are kept in ``FEDCAST_CACHE`` (default ``~/.cache/fedcast``, or the platform's cache folder), keyed by the checksums of the
+raw files and of the code that reads them, so neither changed data nor changed code gives a stale store.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from fedcast.cache import cache_folder
 from fedcast.data.frames import Columns, LongFrame, domain_files, read_frame
+from fedcast.data.medical import MEDICAL_SOURCES
 from fedcast.data.store import SeriesStore
 from fedcast.errors import SourceError, SpecError, UnknownNameError
 
@@ -43,8 +44,8 @@ Each has training domains of the same time scale but of another origin: economic
 """
 
 
-RAW_SOURCES = ("catalogue", "ltsf")
-"""Sources that are built from the raw recordings."""
+RAW_SOURCES = ("catalogue", "ltsf", *MEDICAL_SOURCES)
+"""Sources that are built from the raw recordings, or synthesised."""
 
 _WITHOUT_EFFECT = ("catalogue.py", "check.py", "leakage.py", "partition.py", "splits.py", "windows.py")
 """Modules of this floor that do not touch how a store is built."""
@@ -56,7 +57,8 @@ def domain_names(source: str | Path) -> list[str]:
     Parameters
     ----------
     source
-        ``"bundled"``, ``"catalogue"``, ``"ltsf"`` or a folder, whose file names say it all: neither raw files nor a person's own are read.
+        ``"bundled"``, ``"catalogue"``, ``"ltsf"``, a medical source or a folder, whose file names say it all: neither raw files nor a
+        person's own are read.
 
     Raises
     ------
@@ -104,8 +106,8 @@ def load_domains(data: DataSpec, names: Sequence[str] | None = None) -> dict[str
     Parameters
     ----------
     data
-        Its ``source`` is ``"bundled"``, ``"catalogue"``, ``"ltsf"`` or a folder (each file or sub-folder a domain); ``time``, ``id``,
-        ``target`` and ``freq`` apply to a folder.
+        Its ``source`` is ``"bundled"``, ``"catalogue"``, ``"ltsf"``, a medical source or a folder (each file or sub-folder a
+        domain); ``time``, ``id``, ``target`` and ``freq`` apply to a folder.
     names
         Domains to load, in this order; by default all that the spec trains on or holds out.
 
@@ -225,16 +227,20 @@ def raw_folder() -> Path:
 
 
 def raw_datasets(source: str) -> dict[str, tuple[Dataset, ...]]:
-    """Return the datasets of each domain of ``"catalogue"`` or ``"ltsf"``; no raw file is read."""
+    """Return the datasets of each domain of a source of :data:`RAW_SOURCES`; no raw file is read."""
     # imported here since the recipes need scipy's signal processing, which the bundled data does not
     from fedcast.data.sources import catalogue_domains
     from fedcast.data.sources.ltsf import ltsf_domains
 
+    if source in MEDICAL_SOURCES:
+        from fedcast.data.medical.strategies import medical_domains
+
+        return medical_domains(source)
     return catalogue_domains() if source == "catalogue" else ltsf_domains()
 
 
 def raw_frames(source: str, domain: str) -> dict[str, LongFrame]:
-    """Build the datasets of one domain of ``"catalogue"`` or ``"ltsf"`` from the raw recordings, without the cache.
+    """Build the datasets of one domain of a source of :data:`RAW_SOURCES` from the raw recordings, without the cache.
 
     Raises
     ------
@@ -246,15 +252,15 @@ def raw_frames(source: str, domain: str) -> dict[str, LongFrame]:
     from fedcast.data.sources import long_frame
 
     datasets = _datasets(source, domain)
-    root = raw_folder()
+    root = _root(datasets)
     _require_files(root, datasets)
     return {d.name: long_frame(d.read(root), d.freq, f"{source}/{domain}/{d.name}") for d in datasets}
 
 
 def load_raw(source: str, domain: str) -> SeriesStore:
-    """Load one domain of ``"catalogue"`` or ``"ltsf"`` from the cache, or build it and keep it there; see :func:`raw_frames`."""
+    """Load one domain of a source of :data:`RAW_SOURCES` from the cache, or build it and keep it there; see :func:`raw_frames`."""
     datasets = _datasets(source, domain)
-    root = raw_folder()
+    root = _root(datasets)
     _require_files(root, datasets)
     place = cache_folder() / source / f"{domain}-{_cache_key(root, datasets)}"
     if place.is_dir():
@@ -275,6 +281,11 @@ def _datasets(source: str, domain: str) -> tuple[Dataset, ...]:
     domains = raw_datasets(source)
     _require_known([domain], sorted(domains))
     return domains[domain]
+
+
+def _root(datasets: Iterable[Dataset]) -> Path:
+    """Return the raw folder, or any where no raw file is needed: synthesised recordings can be had without."""
+    return raw_folder() if any(dataset.files for dataset in datasets) else Path()
 
 
 def _require_files(root: Path, datasets: Iterable[Dataset]) -> None:
@@ -301,7 +312,9 @@ def _file_digest(path: Path) -> str:
 @cache
 def _code_digest() -> str:
     package = resources.files("fedcast.data")
-    files = [file for folder in (package, package / "sources") for file in folder.iterdir() if file.name.endswith(".py")]
+    files = [
+        file for folder in (package, package / "sources", package / "medical") for file in folder.iterdir() if file.name.endswith(".py")
+    ]
     digest = hashlib.sha256()
     for file in sorted(files, key=str):
         if file.name not in _WITHOUT_EFFECT:

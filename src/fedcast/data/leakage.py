@@ -220,7 +220,8 @@ def _raw_files(source: str) -> dict[str, dict[str, tuple[str, ...]]]:
     if source == "bundled":
         domains = bundled_card()["domains"]
         return {domain: {name: tuple(entry["raw"]) for name, entry in datasets.items()} for domain, datasets in domains.items()}
-    return {domain: {dataset.name: dataset.files for dataset in datasets} for domain, datasets in raw_datasets(source).items()}
+    # what was synthesised has no file: who made it, and of which number, says what it is
+    return {domain: {each.name: each.files or (each.origin,) for each in datasets} for domain, datasets in raw_datasets(source).items()}
 
 
 def _worst(found: Iterable[Exposure]) -> Exposure:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from fedcast.data.medical import MEDICAL_SOURCES
 from fedcast.data.store import SeriesStore
 from fedcast.errors import SpecError, SplitError
 from fedcast.spec import DataSpec
@@ -27,22 +28,33 @@ class Splits:
     train_start
         int64 ``[n]``: where the part of the train part begins that is trained on, zeros when absent; ``train_end`` where a series
         is scored but not trained on. Scales and scores do not depend on it.
+    test_start
+        int64 ``[n]``: where test targets begin, ``validation_end`` when absent.
     """
 
     train_end: NDArray[np.int64]
     validation_end: NDArray[np.int64]
     kept: NDArray[np.bool_]
     train_start: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    test_start: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     def __post_init__(self) -> None:
-        """Train on the whole train part unless told otherwise."""
+        """Train on the whole train part and test on the whole test part unless told otherwise."""
         if not self.train_start.size:
             object.__setattr__(self, "train_start", np.zeros_like(self.train_end))
+        if not self.test_start.size:
+            object.__setattr__(self, "test_start", self.validation_end)
 
     @property
     def trained(self) -> NDArray[np.bool_]:
         """Which series are trained on, bool ``[n]``."""
         return self.kept & (self.train_start < self.train_end)
+
+    @property
+    def only_tested(self) -> NDArray[np.bool_]:
+        """Which series have no train part on purpose, bool ``[n]``: test parts that are series of their own."""
+        only: NDArray[np.bool_] = self.kept & (self.train_end == 0)
+        return only
 
 
 def split_by_time(store: SeriesStore, *, horizon: int, validation: float | NDArray[np.float64], test: float) -> Splits:
@@ -92,7 +104,8 @@ def split_by_time(store: SeriesStore, *, horizon: int, validation: float | NDArr
 def split_store(store: SeriesStore, data: DataSpec, horizon: int) -> Splits:
     """Split a store as a spec's ``[data]`` section asks for; see :func:`split_by_time`.
 
-    The source ``"ltsf"`` has the split of its benchmark, by which its series are standardised as well.
+    The source ``"ltsf"`` has the split of its benchmark, by which its series are standardised as well. Test parts of the medical sources
+    are series of their own, see :func:`fedcast.data.medical.parts.split_parts`.
 
     Of each train part only the latest ``data.share`` is trained on, and none of it where that has no room for one window
     (``horizon + 16`` steps). Scales (mean, deviation, that of MASE) are those of the whole train part whatever the share, and a series
@@ -101,7 +114,7 @@ def split_store(store: SeriesStore, data: DataSpec, horizon: int) -> Splits:
     Raises
     ------
     SpecError
-        When a spec over ``"ltsf"`` asks for another split.
+        When a spec over ``"ltsf"`` or a medical source asks for another split.
     """
     validation: float | NDArray[np.float64] = data.validation
     if data.source == "ltsf":
@@ -111,7 +124,12 @@ def split_store(store: SeriesStore, data: DataSpec, horizon: int) -> Splits:
         if (data.validation, data.test) != (DEFAULT_VALIDATION, TEST):
             raise SpecError("the source 'ltsf' has the split of its benchmark", hint="leave out data.validation and data.test")
         validation = np.array([VALIDATION.get(name, data.validation) for name in store.domain_names])[store.domain]
-    splits = split_by_time(store, horizon=horizon, validation=validation, test=data.test)
+    if data.source in MEDICAL_SOURCES:
+        from fedcast.data.medical.parts import split_parts
+
+        splits = split_parts(store, data, horizon)
+    else:
+        splits = split_by_time(store, horizon=horizon, validation=validation, test=data.test)
     if data.share == 1:
         return splits
     used = np.rint(splits.train_end * data.share).astype(np.int64)

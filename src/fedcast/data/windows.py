@@ -77,9 +77,9 @@ class Batch:
         names = ("context", "mask", "target", "target_mask", "dataset", "domain")
         return replace(self, **{name: getattr(self, name).pin_memory().to(device, non_blocking=True) for name in names})
 
-    def split(self, size: int) -> Iterator[Batch]:
-        """Yield pieces of ``size`` rows, which are views of this batch; what is left over at the end is left out."""
-        for start in range(0, len(self.windows) - size + 1, size):
+    def split(self, size: int, *, rest: bool = False) -> Iterator[Batch]:
+        """Yield pieces of ``size`` rows, which are views of this batch; what is left over at the end only where ``rest`` asks for it."""
+        for start in range(0, len(self.windows) if rest else len(self.windows) - size + 1, size):
             rows = slice(start, start + size)
             yield Batch(
                 context=self.context[rows],
@@ -276,7 +276,7 @@ class WindowSampler:
         start, stop = {
             "train": (splits.train_start, splits.train_end),
             "validation": (splits.train_end, splits.validation_end),
-            "test": (splits.validation_end, self._lengths),
+            "test": (splits.test_start, self._lengths),
         }[part]
         begin, bad = np.zeros(n, dtype=np.int64), self._bad
         if part == "train" and self._late:
