@@ -9,7 +9,7 @@ READY := .venv/.ready
 READY_DEV := .venv/.ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo short-demo test test-slow lint format docs-check evidence bench clean
+.PHONY: help demo short-demo test test-slow lint format docs-check evidence finetuning-evidence bench clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,9 @@ evidence: $(READY) ## Compare all methods over domains, data sets and seeds (hou
 	$(BIN)/python -m benchmarks.evidence
 	$(BIN)/python -m benchmarks.scaling
 
+finetuning-evidence: $(READY_DEV) ## Fine-tune published and own models with every method and tuning (two hours; see docs/finetuning-evidence.md)
+	$(BIN)/python -m benchmarks.finetuning
+
 bench: $(READY) ## Measure speed beside peers and beside the machine's limits (an hour and a half; see benchmarks/README.md)
 	$(BIN)/fedcast machine --build
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
@@ -61,5 +64,6 @@ $(READY): pyproject.toml constraints.txt
 
 $(READY_DEV): $(READY)
 	@echo "installing the tools for tests and lint into .venv, once"
-	@$(PIP) install -qq -c constraints.txt -e '.[dev]'
+	@$(PIP) install -qq -c constraints.txt -e '.[dev,medical,published,published-apart]'
+	@$(PIP) install -qq -c constraints.txt --no-deps granite-tsfm momentfm toto-ts uni2ts
 	@touch $@
