@@ -1,0 +1,1 @@
+"""Federated fine-tuning, measured: the tables of ``docs/finetuning-evidence.md``."""
