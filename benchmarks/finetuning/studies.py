@@ -11,9 +11,9 @@ from benchmarks.finetuning import bases
 from fedcast.run.medical import METHODS, Setting, medical_spec
 from fedcast.spec import RunSpec, parse_spec
 
-SETTING = Setting(rounds=6, steps=15, batch=16, windows=96)
+SETTING = Setting(rounds=6, steps=12, batch=16, windows=64)
 FAST = "training.precision=bfloat16"
-SLOW = Setting(rounds=6, steps=10, batch=8, windows=32)
+SLOW = Setting(rounds=4, steps=10, batch=8, windows=16)
 """For a model that reads 500 tokens and writes one at a time."""
 FULL = {"name": "full"}
 FEDAVG = {"name": "fedavg"}
@@ -84,6 +84,9 @@ _CURES = {
 
 TUNINGS = {
     "zero_shot": Row({"name": "zero_shot"}, FULL),
+    "zero_shot, mixed 0.85": Row({"name": "zero_shot"}, {"name": "sff", "alpha": 0.85}),
+    "zero_shot, mixed 0.7": Row({"name": "zero_shot"}, {"name": "sff"}),
+    "zero_shot, random": Row({"name": "zero_shot"}, {"name": "sff", "alpha": 0.0}),
     "full": Row(FEDAVG, FULL),
     "sff 0.7": Row(FEDAVG, {"name": "sff"}),
     "sff, validation": Row(FEDAVG, {"name": "sff", "alpha": "validation"}),
@@ -99,7 +102,7 @@ TUNINGS = {
 }
 
 
-def _sets(context: int, horizon: int, *, rate: float, rounds: int = 5, steps: int = 40) -> Callable[[Path, Row, int], RunSpec]:
+def _sets(context: int, horizon: int, *, rate: float, rounds: int = 4, steps: int = 40) -> Callable[[Path, Row, int], RunSpec]:
     def spec(base: Path, row: Row, seed: int) -> RunSpec:
         document = {
             "name": "sets",

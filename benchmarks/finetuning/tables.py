@@ -10,9 +10,12 @@ import pandas as pd
 from benchmarks.evidence.tables import REFERENCE, Runs, long_horizons
 from benchmarks.tables import markdown
 from fedcast.evaluate.statistics import paired_difference
+from fedcast.run.landscape import Surroundings, surroundings
 from fedcast.run.medical import medical_rows
 
 MEDICAL = ("subjects", "sites", "modality", "real", "heartgpt")
+SHARPNESS = ("ttm", "native")
+BENDS = ("zero_shot", "zero_shot, random", "zero_shot, mixed 0.7", "full", "sff 0.7", "from scratch")
 _SCORES = {"rmse": "RMSE", "mae": "MAE", "smape": "sMAPE"}
 
 
@@ -35,7 +38,25 @@ def of_study(name: str, rows: pd.DataFrame, runs: Runs) -> dict[str, str]:
         main, metric = {"trace": "linear probing"}.get(name, "full"), "mse"
         scores = long_horizons(rows, [*labels, REFERENCE], "mse")
     others = [label for label in labels if label != main]
-    return {name: scores, f"{name}-differences": differences(rows, main, others, metric), f"{name}-costs": costs(runs, labels)}
+    found = {name: scores, f"{name}-differences": differences(rows, main, others, metric), f"{name}-costs": costs(runs, labels)}
+    return found | ({f"{name}-sharpness": bends(runs)} if name in SHARPNESS else {})
+
+
+def bends(runs: Runs) -> str:
+    """Return how sharply the loss bends at models before and after training, on the test windows of two sets, mean over seeds."""
+    seeds = sorted({seed for _, seed in runs})
+    found: dict[str, list[Surroundings]] = {}
+    for seed in seeds:
+        for domain in ("etth1", "weather"):
+            around = surroundings([runs[label, seed].folder for label in BENDS], domain=domain, windows=16, seed=seed)
+            for label, each in zip(BENDS, around, strict=True):
+                found.setdefault(label, []).append(each)
+    header = ["model", "loss", "tr(H)", "‖H‖ (Frobenius)", "tr(H) / ‖H‖", "largest eigenvalue"]
+    body = []
+    for label, each in found.items():
+        values = [[a.loss, a.sharpness.trace, a.sharpness.frobenius, a.sharpness.ratio, a.sharpness.largest] for a in each]
+        body.append([label, *(f"{value:,.3g}" for value in np.mean(values, axis=0))])
+    return markdown(header, body)
 
 
 def medical(runs: Runs, labels: Sequence[str]) -> str:
