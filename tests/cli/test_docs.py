@@ -1,35 +1,33 @@
 from __future__ import annotations
 
-import os
 import re
-import stat
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedcast import errors
 from fedcast.methods.base import method_names
+from fedcast.tuning.base import TUNINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^<!-- runnable -->\n```(?P<language>bash|console|python)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^<!-- runnable -->\n```(?P<language>bash|python)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\((?!https?://)(?P<target>[^)#]*)(?:#[^)]*)?\)")
+TRAINING = ("pretrain", "finetune")
 # What a page trains, in seconds instead of minutes; a page's own flags stand before these and are not repeated in them.
-SMALL = (
-    "--training.batch_size 4 --federation.local_steps 2 --evaluation.windows 4 --evaluation.validation_windows 4"
-    " --evaluation.baselines seasonal_naive"
-)
-SHIM = f"""#!/bin/sh
-case "$1 $*" in
-  "pretrain "*--help*) set -- "$@" ;;
-  "pretrain "*federation.rounds*) set -- "$@" {SMALL} ;;
-  "pretrain "*) set -- "$@" --federation.rounds 2 {SMALL} ;;
-esac
-exec "{sys.executable}" -m fedcast "$@"
-"""
+SMALL = {
+    "training.batch_size": "4",
+    "federation.local_steps": "2",
+    "evaluation.windows": "4",
+    "evaluation.validation_windows": "4",
+    "evaluation.baselines": "['seasonal_naive']",
+}
 PYTHON_SMALL = "import fedcast; _p = fedcast.pretrain; fedcast.pretrain = lambda s, **k: _p(s, **k, overrides={overrides!r})\n"
 
 
@@ -45,37 +43,53 @@ def blocks_of(page: Path) -> list[Block]:
     return [Block(found["language"], found["text"]) for found in BLOCK.finditer(page.read_text(encoding="utf-8"))]
 
 
-def _script(block: Block) -> list[str]:
-    if block.language == "python":
-        words = f"--federation.rounds 1 {SMALL}".replace("--", "").split()
-        overrides = [
-            f"{key}=['{value}']" if key.endswith("baselines") else f"{key}={value}"
-            for key, value in zip(words[::2], words[1::2], strict=True)
-        ]
-        return [sys.executable, "-c", PYTHON_SMALL.format(overrides=overrides) + block.text]
-    lines = block.text.splitlines()
-    if block.language == "console":
-        lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
-    return ["bash", "-euo", "pipefail", "-c", "\n".join(lines)]
+def commands(text: str) -> Iterator[list[str]]:
+    """Yield the words of every command line after ``fedcast``; a page shows no other command."""
+    for line in text.replace("\\\n", " ").splitlines():
+        for part in line.split(" && "):
+            if words := shlex.split(part, comments=True):
+                assert words[0] == "fedcast", part
+                yield words[1:]
+
+
+def overrides(rounds: int, given: str = "") -> list[str]:
+    return [f"{key}={value}" for key, value in {"federation.rounds": str(rounds), **SMALL}.items() if key not in given]
+
+
+def small(words: list[str]) -> list[str]:
+    if words[0] not in TRAINING or "--help" in words:
+        return words
+    return [*words, *(word for override in overrides(2, given=" ".join(words)) for word in ("--set", override))]
+
+
+def run_python(text: str, folder: Path) -> None:
+    code = PYTHON_SMALL.format(overrides=overrides(1)) + text
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
 
 
 RUNNABLE = [pytest.param(page, id=page.name) for page in PAGES if blocks_of(page)]
 
 
+@pytest.mark.usefixtures("own_data")
 @pytest.mark.parametrize("page", RUNNABLE)
 @pytest.mark.timeout(240)
-def test_when_a_page_shows_commands_then_they_run(page: Path, tmp_path: Path, own_data: Path) -> None:
-    shim = tmp_path / "bin" / "fedcast"
-    shim.parent.mkdir()
-    shim.write_text(SHIM, encoding="utf-8")
-    shim.chmod(shim.stat().st_mode | stat.S_IXUSR)
-    environment = {**os.environ, "PATH": f"{shim.parent}:{os.environ['PATH']}"}
+def test_when_a_page_shows_commands_then_they_run(
+    page: Path, tmp_path: Path, fedcast: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     if page.name == "cli.md":
-        init = f"init my-spec.toml --data {own_data} --time date --id shop --target sales"
-        subprocess.run([shim, *init.split()], cwd=tmp_path, check=True, env=environment)
+        fedcast("init", "my-spec.toml", "--data", "my-data", "--time", "date", "--id", "shop", "--target", "sales")
+    if page.name == "finetuning.md":
+        for library in ("chronos", "peft"):
+            pytest.importorskip(library)
     for block in blocks_of(page):
-        done = subprocess.run(_script(block), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{page.name}: {block.text}\n{done.stdout}\n{done.stderr}"
+        if block.language == "python":
+            run_python(block.text, tmp_path)
+            continue
+        for words in commands(block.text):
+            answer = fedcast(*small(words))
+            assert answer.code == 0, f"{page.name}: {shlex.join(words)}\n{answer.out}\n{answer.err}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -103,3 +117,9 @@ def test_when_an_error_exists_then_the_docs_have_its_exit_code() -> None:
 def test_when_a_method_is_registered_then_the_readme_has_a_row_for_it() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert sorted(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == method_names()
+
+
+def test_when_a_tuning_is_registered_then_the_page_on_fine_tuning_has_a_row_for_it() -> None:
+    text = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    rows = set(re.findall(r"^\| `([\w.-]+)` \|", text, re.MULTILINE))
+    assert sorted(set(TUNINGS) - rows) == []

@@ -25,13 +25,15 @@ def test_when_a_flag_names_a_key_then_it_becomes_an_override(words: list[str]) -
 def test_when_every_kind_of_key_is_a_flag_then_the_spec_takes_its_value() -> None:
     line = (
         "--name 7 --seed 3 --data.held_out a,b --data.domains=['c'] --model.size tiny --data.time 2 --federation.local-steps 9"
-        " --training.learning_rate .5 --method.tau 0.2 --federation.deadline_s 1.5"
+        " --training.learning_rate .5 --method.tau 0.2 --federation.deadline_s 1.5 --model.checkpoint owner/name --tuning.name sff"
+        " --tuning.alpha validation --tuning.rank 4"
     )
     spec = _apply(line.split())
     assert (spec.name, spec.seed, spec.model.size, spec.data.time) == ("7", 3, "tiny", "2")
     assert (spec.data.held_out, spec.data.domains) == (("a", "b"), ("c",))
     assert (spec.federation.local_steps, spec.training.learning_rate, spec.federation.deadline_s) == (9, 0.5, 1.5)
     assert spec.method.options == {"tau": 0.2}
+    assert (spec.model.checkpoint, spec.tuning.name, spec.tuning.options) == ("owner/name", "sff", {"alpha": "validation", "rank": 4})
 
 
 @given(st.text())
@@ -57,8 +59,8 @@ def test_when_a_flag_has_no_value_then_that_is_said(words: list[str]) -> None:
         expand_flags(words)
 
 
-def test_when_keys_are_listed_then_all_but_the_methods_options_are_there() -> None:
-    assert {row["key"] for row in spec_keys()} == {key for key, *_ in iter_keys()} - {"method.options"}
+def test_when_keys_are_listed_then_all_but_options_are_there() -> None:
+    assert {row["key"] for row in spec_keys()} == {key for key, *_ in iter_keys()} - {"method.options", "tuning.options"}
     assert [row["type"] for row in spec_keys() if any(rest in row["type"] for rest in ("Literal", "tuple", "Annotated", ")", "]"))] == []
 
 
@@ -78,6 +80,7 @@ def test_when_a_type_is_shown_then_it_is_readable(kind: str, readable: str) -> N
     assert readable_type(kind) == readable
 
 
-def test_when_pretrain_is_asked_for_help_then_every_key_is_a_flag_in_it(fedcast: Callable[..., object]) -> None:
-    answer = fedcast("pretrain", "--help")
+@pytest.mark.parametrize("verb", ["pretrain", "finetune"])
+def test_when_training_is_asked_for_help_then_every_key_is_a_flag_in_it(fedcast: Callable[..., object], verb: str) -> None:
+    answer = fedcast(verb, "--help")
     assert all(f"--{row['key']} " in answer.out for row in spec_keys())

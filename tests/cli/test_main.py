@@ -13,7 +13,24 @@ import pytest
 from fedcast.cli.main import app, run
 from fedcast.errors import FedcastError
 
-VERBS = ["check", "compare", "evaluate", "forecast", "init", "leakage", "machine", "methods", "pretrain", "report", "version"]
+VERBS = [
+    "benchmark",
+    "check",
+    "compare",
+    "evaluate",
+    "finetune",
+    "forecast",
+    "init",
+    "landscape",
+    "leakage",
+    "machine",
+    "methods",
+    "models",
+    "pretrain",
+    "report",
+    "tunings",
+    "version",
+]
 HEAVY = {"torch", "pandas", "numpy", "pydantic", "plotly", "pyarrow", "statsforecast", "scipy"}
 
 
@@ -109,8 +126,9 @@ def test_when_an_error_carries_a_code_then_the_process_exits_with_it(monkeypatch
     assert run(["version"]) == 77
 
 
-def test_when_a_run_is_interrupted_then_the_hint_says_how_to_resume(tmp_path: Path) -> None:
-    code = """
+@pytest.mark.parametrize("verb", ["pretrain", "finetune"])
+def test_when_a_run_is_interrupted_then_the_hint_says_how_to_resume(verb: str, tmp_path: Path) -> None:
+    code = f"""
 import signal, sys, time
 # A shell starts background jobs with Ctrl-C ignored, and a child inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -120,7 +138,7 @@ def wait(*_):
     print("ready", flush=True)
     time.sleep(60)
 fedcast.spec.load_spec = wait
-sys.exit(run(["pretrain", "spec.toml"]))
+sys.exit(run(["{verb}", "spec.toml"]))
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         if process.stdout is None or process.stdout.readline() != "ready\n":

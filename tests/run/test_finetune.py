@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.federations import small_spec, train_small
+from tests.run.test_resume import Killer
 
-from fedcast import Forecaster, finetune
+from fedcast import Forecaster, compare, finetune
 from fedcast.errors import CheckpointError, ResumeError, SpecError
 from fedcast.federated.messages import Task
 from fedcast.federated.plan import Plan
@@ -127,6 +131,40 @@ def test_when_the_validation_chooses_then_each_candidate_is_a_run_and_the_best_i
     assert finetune(spec, output=tmp_path / "run").rows("result") == run.rows("result")
 
 
+def test_when_the_validation_is_to_choose_then_another_run_is_not_overwritten(base: Run, tmp_path: Path) -> None:
+    run = finetune(tuned(base, rounds=1, local_steps=1), output=tmp_path / "run")
+    before = (run.folder / "spec.toml").read_bytes()
+    with pytest.raises(ResumeError, match="another spec"):
+        finetune(tuned(base, tuning={"name": "sff", "alpha": "validation"}, rounds=1), output=run.folder)
+    assert (run.folder / "spec.toml").read_bytes() == before
+
+
+def test_when_runs_of_one_name_and_method_are_compared_then_their_folders_tell_them_apart(base: Run, tmp_path: Path) -> None:
+    runs = [
+        finetune(tuned(base, tuning=tuning, rounds=1, local_steps=1), output=tmp_path / tuning["name"])
+        for tuning in ({"name": "full"}, {"name": "head"})
+    ]
+    models = set(compare([run.folder for run in runs]).model)
+    assert {str(tmp_path / "full"), str(tmp_path / "head")} <= models
+
+
+def test_when_a_checkpoint_is_scored_then_what_it_saw_is_unknown(base: Run, tmp_path: Path) -> None:
+    trained = finetune(tuned(base, rounds=1, local_steps=1), output=tmp_path / "trained").results().query("model == 'fedavg'")
+    assert dict(zip(trained.domain, trained.exposure, strict=True)) == {
+        **dict.fromkeys(("energy", "health", "medical"), "seen"),
+        "transport": "unknown",
+    }
+    untrained = finetune(tuned(base, "zero_shot"), output=tmp_path / "untrained").results().query("model == 'zero_shot'")
+    assert set(untrained.exposure) == {"unknown"}
+
+
+def test_when_more_steps_are_asked_than_a_pass_gives_then_that_is_said_before_anything_trains(base: Run, tmp_path: Path) -> None:
+    document = tuned(base).to_dict()
+    document["model"]["horizon"] = 17
+    with pytest.raises(SpecError, match="forecasts 16 steps a pass"):
+        finetune(parse_spec(document), output=tmp_path / "run")
+
+
 def test_when_a_checkpoint_changes_under_a_run_then_it_is_not_resumed(base: Run, tmp_path: Path) -> None:
     model = load_checkpoint(base.final)
     model.save_pretrained(tmp_path / "model")
@@ -175,3 +213,28 @@ def test_when_a_fine_tuned_model_is_saved_then_it_forecasts(base: Run, tmp_path:
     run = finetune(tuned(base, tuning={"name": "lora"}, rounds=1), output=tmp_path / "run")
     forecast = Forecaster.from_pretrained(run.folder).predict_arrays([[1.0, 2.0, 3.0, 2.0] * 8], 8)
     assert forecast.quantiles.shape == (1, 8, 9)
+
+
+def demanding(base: Path) -> RunSpec:
+    """Fed-LA with TRACE: a mask that the federation agrees on, then a stage in which each site goes on alone."""
+    document = small_spec("fedla", rounds=4, adapt=0.5).to_dict()
+    document["model"]["checkpoint"] = str(base)
+    document["tuning"] = {"name": "trace", "selections": 1}
+    return parse_spec(document)
+
+
+def die(base: str, folder: str) -> None:
+    """Fine-tune until the second site of the last round has answered; run by the test in a process of its own."""
+    finetune(demanding(Path(base)), output=folder, observer=Killer("site", 4))
+
+
+def test_when_killed_while_sites_adapt_then_the_resumed_run_ends_with_the_same_bytes(base: Run, tmp_path: Path) -> None:
+    whole = finetune(demanding(base.final), output=tmp_path / "whole")
+    script = "import sys; from tests.run.test_finetune import die; die(*sys.argv[1:])"
+    command = [sys.executable, "-c", script, str(base.final), str(tmp_path / "run")]
+    assert subprocess.run(command, cwd=Path(__file__).parents[2]).returncode == -signal.SIGKILL
+    resumed = finetune(demanding(base.final), output=tmp_path / "run")
+    for name in ("final", "sites/energy/model", "sites/medical/model"):
+        first, second = ((run.folder / name / "model.safetensors").read_bytes() for run in (whole, resumed))
+        assert first == second
+    assert scores(resumed, "fedla") == scores(whole, "fedla")

@@ -12,6 +12,8 @@ from fedcast.cli.output import console
 from fedcast.errors import SpecError, UnknownNameError
 
 _TOP_LEVEL = ("name", "seed")
+_NAMED = ("method", "tuning")
+"""Sections whose further keys are the hyper-parameters of what they name."""
 
 
 def spec_keys() -> list[dict[str, str]]:
@@ -21,7 +23,7 @@ def spec_keys() -> list[dict[str, str]]:
     return [
         {"key": key, "type": readable_type(kind), "default": "" if default == "null" else default, "description": description}
         for key, kind, default, description in iter_keys()
-        if key != "method.options"
+        if not _is_options(key)
     ]
 
 
@@ -39,7 +41,7 @@ def expand_flags(arguments: Sequence[str]) -> list[str]:
     Parameters
     ----------
     arguments
-        The command line after ``pretrain``.
+        The command line after the verb.
 
     Raises
     ------
@@ -70,13 +72,17 @@ def expand_flags(arguments: Sequence[str]) -> list[str]:
 def _type_of(key: str) -> str:
     from fedcast.spec import iter_keys
 
-    kinds = {name: kind for name, kind, _, _ in iter_keys() if name != "method.options"}
+    kinds = {name: kind for name, kind, _, _ in iter_keys() if not _is_options(name)}
     if key in kinds:
         return kinds[key]
     section, _, rest = key.partition(".")
-    if section == "method" and rest.isidentifier():
-        return "Any"  # the method itself checks its hyper-parameters
+    if section in _NAMED and rest.isidentifier():
+        return "Any"  # method and tuning check their hyper-parameters themselves
     raise UnknownNameError.of("key", key, kinds)
+
+
+def _is_options(key: str) -> bool:
+    return key in {f"{section}.options" for section in _NAMED}
 
 
 def _as_toml(value: str, kind: str) -> str:

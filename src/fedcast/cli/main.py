@@ -12,16 +12,18 @@ from typing import Annotated, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from fedcast.cli import leakage, machine, predict, prepare, results, train
+from fedcast.cli import benchmark, landscape, leakage, machine, models, predict, prepare, results, train
 from fedcast.cli.flags import SpecCommand
 from fedcast.cli.output import emit, fail, note
 from fedcast.errors import FedcastError
 
 INTERRUPTED = 130
+RESUMABLE = ("pretrain", "finetune", "benchmark")
+"""Verbs that go on where they were when they are started again."""
 
 app = typer.Typer(
     name="fedcast",
-    help="Train time series foundation models over data that cannot be pooled, and forecast with them",
+    help="Train and fine-tune time series foundation models over data that cannot be pooled, and forecast with them",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -38,11 +40,16 @@ def _add(verb: Callable[..., None], panel: str, cls: type[SpecCommand] | None = 
 _add(prepare.check, "Data and specs")
 _add(prepare.init, "Data and specs")
 _add(prepare.methods, "Data and specs")
+_add(prepare.tunings, "Data and specs")
+_add(models.models, "Data and specs")
 _add(train.pretrain, "Training and forecasting", SpecCommand)
+_add(train.finetune, "Training and forecasting", SpecCommand)
 _add(predict.forecast, "Training and forecasting")
 _add(predict.evaluate, "Training and forecasting")
+_add(benchmark.benchmark, "Training and forecasting")
 _add(results.compare, "Results")
 _add(results.report, "Results")
+_add(landscape.landscape, "Results")
 _add(leakage.leakage, "Results")
 _add(machine.machine, "This installation")
 _add(prepare.version, "This installation")
@@ -86,9 +93,10 @@ def run(arguments: Sequence[str]) -> int:
         message = error.format_message().strip().rstrip(".")
         return fail({"error": "usage", "exit_code": 2, "message": message, "hint": f"fedcast{verb} --help"}, as_json)
     if code == INTERRUPTED:
+        hint = f"{'resume' if words[0] in RESUMABLE else 'start again'} with the same command"
         if as_json:
-            emit({"error": "interrupted", "exit_code": INTERRUPTED, "message": "interrupted", "hint": "resume with the same command"})
-        note("interrupted", hint="resume with the same command" if words[0] == "pretrain" else "start again with the same command")
+            emit({"error": "interrupted", "exit_code": INTERRUPTED, "message": "interrupted", "hint": hint})
+        note("interrupted", hint=hint)
     return int(code or 0)
 
 

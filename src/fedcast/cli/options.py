@@ -13,7 +13,10 @@ IdColumn = Annotated[str | None, typer.Option("--id", help="Name of the series c
 TargetColumn = Annotated[str | None, typer.Option("--target", help="Name of the target column", metavar="COLUMN")]
 Freq = Annotated[str | None, typer.Option("--freq", help="Pandas frequency such as h or 15min; inferred when absent", metavar="FREQ")]
 Model = Annotated[
-    Path, typer.Option("--model", "-m", help="A run folder (its final model), or a model folder such as runs/demo/best", metavar="DIR")
+    Path,
+    typer.Option(
+        "--model", "-m", help="A run folder (its final model), a model folder, or a published model (folder or hub name)", metavar="DIR"
+    ),
 ]
 Metric = Annotated[
     str, typer.Option("--metric", help="Score to show: mse, mae, mase, smape, wql, coverage80 or reconstruction_mse", metavar="NAME")

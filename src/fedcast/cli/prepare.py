@@ -1,15 +1,18 @@
-"""Verbs before a run: ``check``, ``init``, ``methods`` and ``version``."""
+"""Verbs before a run: ``check``, ``init``, ``methods``, ``tunings`` and ``version``."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from fedcast.cli.options import Freq, IdColumn, Json, TargetColumn, TimeColumn
 from fedcast.cli.output import console, emit, note
 from fedcast.errors import FrameError, SpecError, UnknownNameError
+
+Name = Annotated[str | None, typer.Argument(help="Show this one only", metavar="[NAME]", show_default=False)]
 
 
 def check(
@@ -45,6 +48,9 @@ def check(
 def init(
     spec: Annotated[Path | None, typer.Argument(help="The file to write", metavar="[SPEC.toml]", show_default=False)] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Folder of your data; its domains are filled in", metavar="FOLDER")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option("--checkpoint", help="Write a spec that fine-tunes this model: a folder or a hub name", metavar="MODEL")
+    ] = None,
     time: TimeColumn = None,
     id: IdColumn = None,
     target: TargetColumn = None,
@@ -68,7 +74,7 @@ def init(
         raise SpecError(f"{spec} is there already", hint="choose another name, or replace it with --force")
     from fedcast.cli.starter import starter
 
-    text = starter(spec.stem, data, {"time": time, "id": id, "target": target, "freq": freq})
+    text = starter(spec.stem, data, {"time": time, "id": id, "target": target, "freq": freq}, checkpoint)
     try:
         spec.parent.mkdir(parents=True, exist_ok=True)
         spec.write_text(text, encoding="utf-8")
@@ -78,31 +84,38 @@ def init(
         emit({"spec": spec})
     else:
         typer.echo(f"wrote {spec}")
-        note("next: read it, then train", hint=f"fedcast pretrain {spec}")
+        note("next: read it, then train", hint=f"fedcast {'pretrain' if checkpoint is None else 'finetune'} {spec}")
 
 
-def methods(
-    name: Annotated[
-        str | None, typer.Argument(help="Show one method's hyper-parameters only", metavar="[NAME]", show_default=False)
-    ] = None,
-    json: Json = False,
-) -> None:
+def methods(name: Name = None, json: Json = False) -> None:
     """List the methods and their hyper-parameters."""
+    from fedcast.methods.base import METHODS
+
+    _list("method", METHODS, name, json)
+
+
+def tunings(name: Name = None, json: Json = False) -> None:
+    """List the tunings, which say what a fine-tuning trains, and their hyper-parameters."""
+    from fedcast.tuning.base import TUNINGS
+
+    _list("tuning", TUNINGS, name, json)
+
+
+def _list(kind: str, known: Mapping[str, Any], name: str | None, json: bool) -> None:
+    """Print what a registry holds, or one entry of it, with hyper-parameters."""
     from fedcast.cli.flags import readable_type
-    from fedcast.methods.base import describe_methods
+    from fedcast.registry import describe
     from fedcast.report.console import methods_table
 
-    described = describe_methods()
-    for method in described:
-        method["parameters"] = [{**row, "type": readable_type(row["type"])} for row in method["parameters"]]
-    if name is not None:
-        if name not in (known := [str(method["name"]) for method in described]):
-            raise UnknownNameError.of("method", name, known)
-        described = [method for method in described if method["name"] == name]
+    if name is not None and name not in known:
+        raise UnknownNameError.of(kind, name, known)
+    described = describe(known if name is None else {name: known[name]})
+    for each in described:
+        each["parameters"] = [{**row, "type": readable_type(row["type"])} for row in each["parameters"]]
     if json:
         emit(described)
     else:
-        console().print(methods_table(described))
+        console().print(methods_table(described, kind))
 
 
 def version(json: Json = False) -> None:

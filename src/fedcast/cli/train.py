@@ -1,9 +1,9 @@
-"""``fedcast pretrain``: one spec, one run folder."""
+"""Verbs that train: ``pretrain`` and ``finetune``; one spec, one run folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,34 +11,58 @@ from fedcast.cli.options import Json
 from fedcast.cli.output import emit, note, print_results, records
 from fedcast.errors import RunError
 
-# What a run that was stopped before its first round leaves behind.
-_BEGUN = {".lock", "spec.toml", "spec.toml.aside", "run.json.aside"}
+if TYPE_CHECKING:
+    from fedcast.run.pretrain import Run
+    from fedcast.spec import RunSpec
+
+# What a run that was stopped before its first round, or before the best of its candidates was known, leaves behind.
+_BEGUN = {".lock", "spec.toml", "spec.toml.aside", "run.json.aside", "candidates"}
+
+Spec = Annotated[Path, typer.Argument(help="A spec; write one with `fedcast init`", metavar="SPEC.toml", show_default=False)]
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a key of the spec, such as federation.rounds=5", metavar="KEY=VALUE")
+]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder; runs/<name of the spec> when absent", metavar="DIR")]
 
 
-def pretrain(
-    spec: Annotated[Path, typer.Argument(help="A spec; write one with `fedcast init`", metavar="SPEC.toml", show_default=False)],
-    set: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a key of the spec, such as federation.rounds=5", metavar="KEY=VALUE")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Run folder; runs/<name of the spec> when absent", metavar="DIR")
-    ] = None,
-    json: Json = False,
-) -> None:
+def pretrain(spec: Spec, set: Assignments = None, output: Output = None, json: Json = False) -> None:
     """Train a model from scratch over separate domains; a run that was stopped goes on where it was.
 
     Every key of the spec is a flag too, such as ``--federation.rounds 5``.
     """
-    from fedcast.spec import load_spec
-
-    described = load_spec(spec, set or ())  # before torch is imported, so that a wrong key is named at once
-    check_run_folder(output or Path("runs") / described.name)
+    described = _described(spec, set, output)
     from fedcast.report.console import ProgressObserver
-    from fedcast.report.page import write_report
-    from fedcast.run.folder import RunFolder
     from fedcast.run.pretrain import pretrain as train
 
-    run = train(described, output=output, observer=None if json else ProgressObserver())
+    _show(train(described, output=output, observer=None if json else ProgressObserver()), json)
+
+
+def finetune(spec: Spec, set: Assignments = None, output: Output = None, json: Json = False) -> None:
+    """Fine-tune a model over separate domains, published or your own; a run that was stopped goes on where it was.
+
+    ``model.checkpoint`` names it. Every key of the spec is a flag too, such as ``--tuning.name lora``.
+    """
+    described = _described(spec, set, output)
+    from fedcast.report.console import ProgressObserver
+    from fedcast.run.finetune import finetune as train
+
+    _show(train(described, output=output, observer=None if json else ProgressObserver()), json)
+
+
+def _described(spec: Path, assignments: list[str] | None, output: Path | None) -> RunSpec:
+    """Read the spec and check the run folder, before torch is imported, so that a wrong key is named at once."""
+    from fedcast.spec import load_spec
+
+    described = load_spec(spec, assignments or ())
+    check_run_folder(output or Path("runs") / described.name)
+    return described
+
+
+def _show(run: Run, json: bool) -> None:
+    """Write a finished run's report and print what came out."""
+    from fedcast.report.page import write_report
+    from fedcast.run.folder import RunFolder
+
     page = write_report(run.folder)
     results = run.results()
     left_out = RunFolder(run.folder).about()["series_left_out"]

@@ -71,6 +71,12 @@ class Plan:
         with seeded(seed):
             model = self.tuning.prepare(self.start(), seed)
         self._check_serving(model)
+        most, asked = model.config.horizon, self.spec.model.horizon
+        if asked > most:
+            raise SpecError(
+                f"{self.spec.model.checkpoint} forecasts {most} steps a pass and cannot be trained on {asked}",
+                hint=f"set model.horizon to at most {most}; evaluation.horizons may be longer",
+            )
         return model
 
     def start(self) -> Model:
@@ -85,11 +91,6 @@ class Plan:
                 hint="give the model of one site, such as <run>/sites/<site>/model",
             )
         self._check_method(model)
-        if isinstance(model, PatchTransformer) and spec.model.horizon > model.config.horizon:
-            raise SpecError(
-                f"{spec.model.checkpoint} forecasts {model.config.horizon} steps a pass and cannot be trained on {spec.model.horizon}",
-                hint=f"set model.horizon to at most {model.config.horizon}; evaluation.horizons may be longer",
-            )
         return model
 
     def _check_method(self, model: Model) -> None:

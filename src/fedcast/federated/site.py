@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, isfinite
 from pathlib import Path
@@ -124,6 +124,10 @@ class Site:
         """Training points at the site."""
         return self._sampler.n_points
 
+    def validation_batches(self, device: torch.device, size: int) -> Sequence[Batch]:
+        """Return the site's validation windows in batches of at most ``size``."""
+        return self._scores.validation_batches(device, size)
+
     def run(self, task: Task, workspaces: Workspaces) -> Reply:
         """Run a task; an exception becomes a reply with an error and no traceback, which stays in the site's error.log."""
         start = time.perf_counter()
@@ -229,7 +233,7 @@ class Site:
         answers = self._plan.tuning.answer(
             workspace.model,
             lambda batch: self._task.step(workspace.model, batch, lambda: generator)[0],
-            lambda: self._scores.validation_batches(workspace.device, self._spec.training.batch_size),
+            lambda: self.validation_batches(workspace.device, self._spec.training.batch_size),
             round=task.round,
             rounds=self._spec.federation.rounds,
             seed=self._spec.seed,

@@ -252,17 +252,19 @@ def problems_table(problems: Sequence[FrameProblem], source: str) -> Table:
     return table
 
 
-def methods_table(methods: Sequence[Mapping[str, Any]]) -> Table:
-    """Show the methods with their summaries and parameters.
+def methods_table(methods: Sequence[Mapping[str, Any]], kind: str = "method") -> Table:
+    """Show methods, or what else is chosen by name, with their summaries and parameters.
 
     Parameters
     ----------
     methods
-        What :func:`fedcast.methods.base.describe_methods` gives: ``name``, ``summary`` and ``parameters``, each of those with ``name``,
+        What :func:`fedcast.registry.describe` gives: ``name``, ``summary`` and ``parameters``, each of those with ``name``,
         ``type``, ``default`` and ``description``.
+    kind
+        What they are: ``"method"`` or ``"tuning"``.
     """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="Methods", title_justify="left", title_style="bold")
-    table.add_column("method", style="bold", no_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{kind.capitalize()}s", title_justify="left", title_style="bold")
+    table.add_column(kind, style="bold", no_wrap=True)
     table.add_column("what it does, and its parameters", overflow="fold", ratio=1)
     for method in methods:
         text = Text(str(method["summary"]))

@@ -15,8 +15,8 @@ from fedcast.spec import RunSpec
 def compare(runs: Sequence[str | Path]) -> pd.DataFrame:
     """Return the test scores of runs in one frame.
 
-    The trained model's rows carry the run's name where two runs trained by the same method with other settings; a baseline that
-    was scored in several runs over the same data stands there once.
+    The trained model's rows carry the run's name where two runs trained by the same method with other settings, or its folder where they
+    share the name; a baseline that was scored in several runs over the same data stands there once.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ def compare(runs: Sequence[str | Path]) -> pd.DataFrame:
         rows = folder.results()
         if rows.empty:
             raise RunError(f"{path} has no results yet", hint=f"finish it with `fedcast pretrain {path}/spec.toml -o {path}`")
-        frames.append(rows.assign(run=spec.name, settings=_settings(spec)))
+        frames.append(rows.assign(run=spec.name, folder=str(path), settings=_settings(spec)))
         shares.add((spec.data.validation, spec.data.test))
     if not frames:
         raise RunError("no run to compare", hint="name one or more run folders")
@@ -60,11 +60,15 @@ def compare(runs: Sequence[str | Path]) -> pd.DataFrame:
     trained = rows["model"] == rows["method"]
     settings = rows[trained].groupby("model")["settings"].nunique()
     ambiguous = trained & rows["model"].isin(settings[settings > 1].index)
+    # Runs of one method and one name: their folders tell them apart.
+    named = rows[ambiguous].groupby("run")["settings"].nunique()
+    rows["run"] = rows["run"].where(~rows["run"].isin(named[named > 1].index), rows["folder"])
     rows.loc[ambiguous, "model"] = rows["run"]
     if len(shares) > 1:
         raise RunError("the runs split their series differently", hint="compare runs with the same data.validation and data.test")
     # The same baseline on the same windows: one score, whichever run it came from.
-    return rows[trained | ~rows.duplicated(["model", "domain", "horizon", "seed"])].drop(columns="settings").reset_index(drop=True)
+    kept = rows[trained | ~rows.duplicated(["model", "domain", "horizon", "seed"])]
+    return kept.drop(columns=["settings", "folder"]).reset_index(drop=True)
 
 
 def _settings(spec: RunSpec) -> str:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import fedcast.tuning  # noqa: F401 - registers the tunings
-from fedcast.errors import SpecError
+from fedcast.errors import ResumeError, SpecError
 from fedcast.federated.rounds import Observer
+from fedcast.run.folder import RunFolder
 from fedcast.run.pretrain import Run, execute
 from fedcast.spec import RunSpec, TuningSpec, load_spec
 from fedcast.tuning.base import Tuning, build_tuning
@@ -60,9 +61,10 @@ def finetune(
     if len(candidates) == 1:
         return execute(run_spec, output=output, observer=observer)
     folder = Path(output) if output is not None else Path("runs") / run_spec.name
+    specs = [run_spec.model_copy(update={"tuning": _spec_of(candidate)}) for candidate in candidates]
+    _check_free(RunFolder(folder), specs)
     tried: list[tuple[float, Path, dict[str, Any]]] = []
-    for candidate in candidates:
-        one = run_spec.model_copy(update={"tuning": _spec_of(candidate)})
+    for one in specs:
         run = execute(one, output=folder / CANDIDATES / _label(one.tuning), observer=observer)
         losses = [row["mean"] for row in run.rows("validation") if row["mean"] is not None]
         if not losses:
@@ -74,6 +76,14 @@ def finetune(
     shutil.copytree(best, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
     (folder / "candidates.json").write_text(json.dumps([about for *_, about in tried], indent=2) + "\n", encoding="utf-8")
     return Run(folder)
+
+
+def _check_free(folder: RunFolder, specs: Sequence[RunSpec]) -> None:
+    """Refuse a folder that holds a run that is none of the candidates, by :class:`ResumeError`."""
+    if (folder.path / "run.json").is_file() and folder.about()["spec_fingerprint"] not in [spec.fingerprint() for spec in specs]:
+        raise ResumeError(
+            f"{folder.path} holds a run of another spec", hint="choose another --output, or remove the folder to start afresh"
+        )
 
 
 def _spec_of(tuning: Tuning) -> TuningSpec:

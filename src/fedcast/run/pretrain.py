@@ -206,6 +206,9 @@ class _Training:
         rows, samples = [], []
         shared = self._row_of_run(progress)
         exposed = exposures(self._spec.data, self._spec.data.source, answers)
+        if self._spec.model.checkpoint is not None:
+            # What a checkpoint was trained on is not known here.
+            exposed = {site: "seen" if found == "seen" and self._server.rounds else "unknown" for site, found in exposed.items()}
         for site, reply in answers.items():
             rows += self._result_rows(roles[site], reply, {**shared, "exposure": exposed[site]})
             samples += [{**sample, "held_out": roles[site].held_out} for sample in reply.meta["samples"]]

@@ -17,7 +17,7 @@ from fedcast.models.files import CONFIG
 from fedcast.models.published.base import Library, read_json
 from fedcast.models.published.decoder import PatchDecoder, in_patches, interpolated, scaled_target
 from fedcast.models.published.point import load_weights
-from fedcast.models.published.pretrained import drawn
+from fedcast.models.published.pretrained import drawn, write_network
 from fedcast.models.published.timer import CONTEXT, SKTIME, TRANSFORMERS, decoded, shape_of
 
 SAMPLES = 100
@@ -84,7 +84,7 @@ class Sundial(PatchDecoder):
 
     def write(self, folder: Path) -> None:
         """Write ``model.safetensors`` and ``config.json`` as the authors' class reads them."""
-        self.network.save_pretrained(folder)
+        write_network(self.network, folder)
 
     def features(self, values: Tensor, mask: Tensor) -> Tensor:
         """Return one feature a patch [B, N, d] for standardised values and their mask [B, N * patch]."""

@@ -14,7 +14,7 @@ from fedcast.models.files import CONFIG
 from fedcast.models.published.base import Library, PublishedConfig, read_json
 from fedcast.models.published.decoder import MEDIAN, PatchDecoder, in_patches, interpolated
 from fedcast.models.published.point import load_weights
-from fedcast.models.published.pretrained import drawn
+from fedcast.models.published.pretrained import drawn, write_network
 
 TRANSFORMERS = Library("transformers", "transformers", "pip install 'transformers>=5.23'")
 SKTIME = Library("sktime", "sktime", "pip install 'sktime>=1.2' 'transformers>=5.23'")
@@ -80,7 +80,7 @@ class Timer(PatchDecoder):
 
     def write(self, folder: Path) -> None:
         """Write ``model.safetensors`` and ``config.json`` as the authors' class reads them."""
-        self.network.save_pretrained(folder)
+        write_network(self.network, folder)
 
     def one_pass(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return the point forecast at each of nine levels, and one feature a patch."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedcast.models.base import QUANTILES, Forecast
 from fedcast.models.published.base import Library, PublishedConfig
 from fedcast.models.published.decoder import MEDIAN, PatchDecoder, check_nine, interpolated, pinball
-from fedcast.models.published.pretrained import drawn, read_network
+from fedcast.models.published.pretrained import drawn, read_network, write_network
 
 _OTHERS = [index for index in range(len(QUANTILES)) if index != MEDIAN]
 
@@ -90,7 +90,7 @@ class TimesFM(PatchDecoder):
 
     def write(self, folder: Path) -> None:
         """Write ``model.safetensors`` and ``config.json`` as transformers reads them."""
-        self.network.save_pretrained(folder)
+        write_network(self.network, folder)
 
     def one_pass(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return the nine quantiles of a pass, and one feature a patch."""
