@@ -97,6 +97,9 @@ TUNINGS = {
     "head": Row(FEDAVG, {"name": "head"}),
     "trace": Row(FEDAVG, {"name": "trace", "rank": 8}),
     "local": Row({"name": "local"}, FULL),
+    "local, sff 0.7": Row({"name": "local"}, {"name": "sff"}),
+    "local, sff 0.9": Row({"name": "local"}, {"name": "sff", "alpha": 0.9}),
+    "local, from scratch": Row({"name": "local"}, {"name": "sff", "alpha": 0.0}),
     "fedprox": Row({"name": "fedprox", "mu": 1.0}, FULL),
     "fedla": Row({"name": "fedla", "mu": 1.0}, FULL),
 }
@@ -136,7 +139,7 @@ STUDIES: dict[str, Study] = {
     "subjects": Study(bases.bolt, _medical("subjects"), {**ROWS, **RELEASED}, "fedcast"),
     "sites": Study(bases.bolt, _medical("sites"), ROWS, "fedcast"),
     "modality": Study(bases.bolt, _medical("modality"), {**ROWS, **_CURES}, "fedcast"),
-    "real": Study(bases.bolt, _medical("real"), {**ROWS, **_CURES}, "fedcast"),
+    "real": Study(bases.bolt, _medical("real"), {**ROWS, **{name: _CURES[name] for name in list(_CURES)[:2]}}, "fedcast"),
     "heartgpt": Study(
         lambda _: bases.published("heartgpt/ECGPT_560k_iters.safetensors"),
         _medical("medical-real-100hz", "training.learning_rate=3e-4", setting=SLOW, context=436),
