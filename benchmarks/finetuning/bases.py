@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
-from fedcast.models.published.chronos_bolt import ChronosBolt
+from fedcast.models.base import QUANTILES
+from fedcast.models.published.pretrained import drawn, write_network
 from fedcast.run.finetune import finetune
 from fedcast.run.pretrain import pretrain
 from fedcast.spec import parse_spec
@@ -36,17 +38,16 @@ def bolt(output: Path) -> Path:
     """Return a model of Chronos-Bolt's architecture (0.9 M parameters, context 512, horizon 64), trained by fedcast like :func:`native`."""
     start = output / "base-bolt-start"
     if not start.exists():
-        _small_bolt().save_pretrained(start)
+        start.mkdir(parents=True)
+        write_network(_small_bolt(), start)
     model = {"checkpoint": str(start), "context": 512, "horizon": 64}
     return finetune(parse_spec({**_document("base-bolt"), "model": model}), output=output / "base-bolt").final
 
 
-def _small_bolt() -> ChronosBolt:
+def _small_bolt() -> Any:
+    """Return Chronos-Bolt's network with random weights."""
     from chronos.chronos_bolt import ChronosBoltModelForForecasting
     from transformers import T5Config
-
-    from fedcast.models.base import QUANTILES
-    from fedcast.models.published.pretrained import drawn
 
     settings = {
         "context_length": 512,
@@ -76,7 +77,7 @@ def _small_bolt() -> ChronosBolt:
         is_encoder_decoder=True,
         chronos_config=settings,
     )
-    return ChronosBolt._around(drawn(ChronosBoltModelForForecasting, config, 0))
+    return drawn(ChronosBoltModelForForecasting, config, 0)
 
 
 def _document(name: str) -> dict[str, object]:

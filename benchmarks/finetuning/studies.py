@@ -72,15 +72,17 @@ def _medical(strategy: str, *overrides: str, setting: Setting = SETTING, context
     return spec
 
 
-# The minority modality: the pattern fits the one client, or the clients, that hold impedance cardiograms.
-_GROUPS = ["*icg*", "client_20*"]
-_CURES = {
-    "modalities weigh alike": Row({"name": "fedgroup", "groups": _GROUPS}, FULL),
-    "heads by modality": Row({"name": "fedgroup", "groups": _GROUPS, "even": False, "apart": "heads"}, FULL),
-    "a model each modality": Row({"name": "fedgroup", "groups": _GROUPS, "even": False, "apart": "all"}, FULL),
-    "LoRA, shared": Row(FEDAVG, {"name": "lora", "rank": 8}),
-    "LoRA by modality": Row({"name": "fedgroup", "groups": _GROUPS, "even": False, "apart": "adapters"}, {"name": "lora", "rank": 8}),
-}
+def _cures(*patterns: str) -> dict[str, Row]:
+    """Return what may help a modality that few clients have, whose names fit a pattern."""
+    groups = {"name": "fedgroup", "groups": list(patterns)}
+    return {
+        "modalities weigh alike": Row(groups, FULL),
+        "heads by modality": Row({**groups, "even": False, "apart": "heads"}, FULL),
+        "a model each modality": Row({**groups, "even": False, "apart": "all"}, FULL),
+        "LoRA, shared": Row(FEDAVG, {"name": "lora", "rank": 8}),
+        "LoRA by modality": Row({**groups, "even": False, "apart": "adapters"}, {"name": "lora", "rank": 8}),
+    }
+
 
 TUNINGS = {
     "zero_shot": Row({"name": "zero_shot"}, FULL),
@@ -138,8 +140,8 @@ TRACE = {
 STUDIES: dict[str, Study] = {
     "subjects": Study(bases.bolt, _medical("subjects"), {**ROWS, **RELEASED}, "fedcast"),
     "sites": Study(bases.bolt, _medical("sites"), ROWS, "fedcast"),
-    "modality": Study(bases.bolt, _medical("modality"), {**ROWS, **_CURES}, "fedcast"),
-    "real": Study(bases.bolt, _medical("real"), {**ROWS, **{name: _CURES[name] for name in list(_CURES)[:2]}}, "fedcast"),
+    "modality": Study(bases.bolt, _medical("modality"), {**ROWS, **_cures("*icg*", "client_20*")}, "fedcast"),
+    "real": Study(bases.bolt, _medical("real"), {**ROWS, **dict(list(_cures("icg_*").items())[:2])}, "fedcast"),
     "heartgpt": Study(
         lambda _: bases.published("heartgpt/ECGPT_560k_iters.safetensors"),
         _medical("medical-real-100hz", "training.learning_rate=3e-4", setting=SLOW, context=436),
