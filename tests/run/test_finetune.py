@@ -106,6 +106,36 @@ def test_when_sites_adapt_after_the_federation_then_nothing_travels_and_they_are
     assert [row["sites"]["energy"]["loss"] for row in rounds[:2]] == [row["sites"]["energy"]["loss"] for row in federated.rows("round")[:2]]
 
 
+@pytest.mark.parametrize(
+    ("keys", "tuning", "match"),
+    [
+        ({"federation": {"rounds": 1}}, "trace", "second round"),
+        ({"training": {"compile": True}}, "lora", "training.compile"),
+        ({"model": {"objective": "reconstruct"}}, "full", "trains the architecture 'causal'"),
+    ],
+)
+def test_when_a_key_does_not_fit_the_tuning_then_that_is_said_before_data_are_read(
+    base: Run, keys: dict[str, dict[str, Any]], tuning: str, match: str, tmp_path: Path
+) -> None:
+    document = tuned(base, tuning={"name": tuning}).to_dict()
+    for section, values in keys.items():
+        document[section] |= values
+    document["data"]["source"] = str(tmp_path / "no-such-data")
+    with pytest.raises(SpecError, match=match):
+        finetune(parse_spec(document), output=tmp_path / "run")
+
+
+def test_when_few_sites_take_part_then_all_of_them_adapt_in_the_end(base: Run, tmp_path: Path) -> None:
+    document = tuned(base, "fedla", rounds=4, local_steps=1, adapt=0.5).to_dict()
+    document["federation"]["participation"] = 0.4
+    run = finetune(parse_spec(document), output=tmp_path / "run")
+    rounds = run.rows("round")
+    assert [len(row["sites"]) for row in rounds] == [2, 2, 3, 3]
+    assert [row["dropped"] for row in rounds] == [{}] * 4
+    assert [row["bytes_down"] > 0 for row in rounds] == [True, True, True, False]
+    assert {path.name for path in (run.folder / "sites").glob("*") if (path / "model").is_dir()} == {"energy", "health", "medical"}
+
+
 def test_when_sites_are_pulled_hard_then_they_stay_nearer_to_the_federation(base: Run, tmp_path: Path) -> None:
     distances = []
     for mu in (0.0, 100.0):
@@ -192,13 +222,15 @@ def test_when_spec_and_verb_do_not_go_together_then_the_other_verb_is_named(base
         ("fedtrl", {"name": "lora"}, "mixture of native models"),
         ("fedavg", {"name": "lora", "rank": 0}, "rank"),
         ("fedavg", {"name": "prompt"}, "unknown tuning"),
+        ("fedgroup", {"name": "full"}, "no site fits the pattern 'hospital"),
     ],
 )
 def test_when_parts_do_not_fit_then_the_run_is_refused_before_it_trains(
     base: Run, method: str, tuning: dict[str, Any], match: str, tmp_path: Path
 ) -> None:
+    options = {"groups": ["hospital*"]} if method == "fedgroup" else {}
     with pytest.raises(SpecError, match=match):
-        finetune(tuned(base, method, tuning), output=tmp_path / "run")
+        finetune(tuned(base, method, tuning, **options), output=tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

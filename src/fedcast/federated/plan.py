@@ -15,6 +15,7 @@ import fedcast.tuning  # noqa: F401 - registers the tunings
 from fedcast.errors import SpecError
 from fedcast.methods.base import Method
 from fedcast.models.architectures import build_model
+from fedcast.models.base import ModelConfig
 from fedcast.models.checkpoints import load_checkpoint
 from fedcast.models.contract import Model, ModelShape
 from fedcast.models.mixture import DomainMixture
@@ -41,6 +42,7 @@ class _Facts(NamedTuple):
     answer: Shapes
     native: bool
     parts: dict[str, str]
+    config: ModelConfig | None
 
 
 class Plan:
@@ -68,9 +70,13 @@ class Plan:
         """
         # A seed of the tuning's own: with the run's, what it draws anew could be what the checkpoint began with.
         seed = int(np.random.SeedSequence([self.spec.seed, _TUNING_STREAM]).generate_state(1)[0]) % 2**31
+        if self.federated_rounds:
+            self.tuning.check(self.federated_rounds)
         with seeded(seed):
             model = self.tuning.prepare(self.start(), seed)
         self._check_serving(model)
+        if self.spec.training.compile and not (isinstance(model, PatchTransformer) and self.tuning.name in ("full", "sff")):
+            raise SpecError("training.compile is for native models all of whose weights train", hint="leave training.compile out")
         most, asked = model.config.horizon, self.spec.model.horizon
         if asked > most:
             raise SpecError(
@@ -103,10 +109,17 @@ class Plan:
                     f"method {method.name!r} trains the architecture {own!r}, and {spec.model.checkpoint} is {found!r}",
                     hint="give a checkpoint of that architecture, or another method",
                 )
+            if own != "patch" and (spec.model.context, spec.model.horizon) != (model.config.context, model.config.horizon):
+                raise SpecError(
+                    f"method {method.name!r} trains on windows of its model's own lengths, which is {spec.model.checkpoint}",
+                    hint=f"set model.context = {model.config.context} and model.horizon = {model.config.horizon}",
+                )
+        elif spec.model.objective == "reconstruct":
+            raise SpecError(f"a published model ({found}) is not trained to reconstruct", hint="leave model.objective at 'forecast'")
         elif own != "patch":
             raise SpecError(
-                f"method {method.name!r} trains a model of its own for objective {spec.model.objective!r}, not a published one ({found})",
-                hint="leave model.objective at 'forecast' and choose a method that fits any model, such as fedavg",
+                f"method {method.name!r} trains a model of its own, not a published one ({found})",
+                hint="choose a method that fits any model, such as fedavg",
             )
 
     def _check_serving(self, model: Model) -> None:
@@ -118,6 +131,12 @@ class Plan:
             f"method {self.method.name!r} serves unseen domains by a mixture of native models, which these are not",
             hint="set method.serving = 'shadow'",
         )
+
+    @property
+    def federated_rounds(self) -> int:
+        """Rounds in which weights travel."""
+        rounds = self.method.federated_rounds(self.spec.federation.rounds)
+        return rounds - self.method.adaptation(rounds)
 
     def shares(self, model: Model, name: str) -> bool:
         """Return whether a parameter of the model travels."""
@@ -151,7 +170,8 @@ class Plan:
         )
         native = isinstance(model, PatchTransformer)
         parts = {name: model.part(name) for name in layout.names}
-        return _Facts(layout, layout.flatten(named), model.shape(layout.shared_size), total, state, answer, native, parts)
+        config = model.config if isinstance(model, PatchTransformer) else None
+        return _Facts(layout, layout.flatten(named), model.shape(layout.shared_size), total, state, answer, native, parts, config)
 
     @property
     def layout(self) -> Layout:
@@ -182,6 +202,11 @@ class Plan:
     def answer_shapes(self) -> Shapes:
         """Names and shapes of what the tuning has sites answer."""
         return self._facts.answer
+
+    @property
+    def config(self) -> ModelConfig | None:
+        """Shape of a native model; ``None`` for others."""
+        return self._facts.config
 
     @property
     def parts(self) -> dict[str, str]:

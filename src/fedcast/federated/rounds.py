@@ -25,6 +25,9 @@ from fedcast.federated.site import SiteRole
 from fedcast.methods.base import Method, Server
 from fedcast.spec import RunSpec
 
+_ADAPTS = "adapts."
+"""The server's tensors have a name with this prefix for each site that goes on alone."""
+
 
 class Observer(Protocol):
     """Whoever watches a run: a progress bar, a log, a test."""
@@ -125,7 +128,9 @@ class RoundLoop:
         intake = self._collect(tasks, number)
         self._check_quorum(intake, selected, number)
         self.observer.phase("aggregate", number)
-        if not self._local(number):
+        if self._local(number):
+            self.server.tensors |= {f"{_ADAPTS}{site}": torch.ones(1) for site in intake.meta}
+        else:
             self._decide(intake, number)
             intake.aggregate(self.server)
         trained = time.perf_counter()
@@ -152,14 +157,13 @@ class RoundLoop:
 
     def _local(self, number: int) -> bool:
         """Whether sites go on alone in this round."""
-        return number > self.server.rounds - self.method.adaptation(self.server.rounds)
+        return number > self.plan.federated_rounds
 
     def _task(self, site: str, number: int) -> Task:
         if not self._local(number):
             return Task("train", number, {**self.method.message(self.server, site), **self._tuned()}, {"export": self._exports(number)})
-        # Sent once: then each site has weights of its own.
-        first = not self._local(number - 1)
-        shared = {"shared": self.server.shared_of(site)} if first else {}
+        # Sent until the site has gone on from them: then it has weights of its own.
+        shared = {} if f"{_ADAPTS}{site}" in self.server.tensors else {"shared": self.server.shared_of(site)}
         return Task("train", number, {**shared, **self._tuned()}, {"stage": "local"})
 
     def _tuned(self) -> dict[str, torch.Tensor]:
@@ -178,7 +182,7 @@ class RoundLoop:
             [tuning_state(answers[site]) for site in sites],
             weights,
             round=number,
-            rounds=self.server.rounds,
+            rounds=self.plan.federated_rounds,
             seed=self.spec.seed,
         )
         self.server.tensors |= {f"{TUNING}{name}": tensor for name, tensor in state.items()}
@@ -194,6 +198,8 @@ class RoundLoop:
         return number % self.spec.evaluation.every == 0 or number == self.server.rounds
 
     def _select(self, trainers: Sequence[str], number: int) -> list[str]:
+        if self._local(number):
+            return sorted(trainers)  # each for itself: nobody waits for the others, and all are to be adapted
         count = self.spec.federation.selected(len(trainers))
         rng = np.random.default_rng([self.spec.seed, number])
         return sorted(rng.choice(np.array(trainers, dtype=object), size=count, replace=False))

@@ -235,7 +235,7 @@ class Site:
             lambda batch: self._task.step(workspace.model, batch, lambda: generator)[0],
             lambda: self.validation_batches(workspace.device, self._spec.training.batch_size),
             round=task.round,
-            rounds=self._spec.federation.rounds,
+            rounds=self._plan.federated_rounds,
             seed=self._spec.seed,
         )
         return {f"{TUNING}{name}": tensor.float() for name, tensor in answers.items()}

@@ -215,6 +215,9 @@ class Method:
         super().__init_subclass__(**kwargs)
         register("method", cls, cls.name, METHODS)
 
+    def check(self, sites: Sequence[str]) -> None:
+        """Refuse a run over sites of these names, by :class:`~fedcast.errors.SpecError`, where an option does not fit them."""
+
     def model_config(self, model: ModelSpec) -> ModelConfig:
         """Return the configuration of the model it trains, from a spec's ``[model]`` section.
 

@@ -35,6 +35,12 @@ class FedGroup(Method):
     even: bool = hyper(True, "whether each group has the same weight in the mean, whatever its training points")
     apart: Literal["nothing", "heads", "adapters", "all"] = hyper("nothing", "what is averaged within a group alone; adapters: LoRA's")
 
+    def check(self, sites: Sequence[str]) -> None:
+        """Refuse patterns that no site fits; without any, all sites are one group."""
+        for pattern in self.groups:
+            if not any(fnmatchcase(site, pattern) for site in sites):
+                raise SpecError(f"no site fits the pattern {pattern!r} in method.groups", hint=f"the sites are {', '.join(sites)}")
+
     def group(self, site: str) -> str:
         """Return the group of a site: the first one with a pattern that fits its name."""
         return next((pattern for pattern in self.groups if fnmatchcase(site, pattern)), REST)
@@ -90,4 +96,4 @@ class FedGroup(Method):
     def _keeps(self, name: str) -> bool:
         if self.apart == "heads":
             return name.startswith("heads.")
-        return self.apart == "all" or ".lora_" in name or name.endswith((".gate", ".lora_a", ".lora_b"))
+        return self.apart == "all" or ".lora_" in name or name.endswith(".gate")

@@ -40,7 +40,7 @@ def compare(runs: Sequence[str | Path]) -> pd.DataFrame:
         spec = folder.spec()
         rows = folder.results()
         if rows.empty:
-            raise RunError(f"{path} has no results yet", hint=f"finish it with `fedcast pretrain {path}/spec.toml -o {path}`")
+            raise RunError(f"{path} has no results yet", hint=f"finish it with {folder.command(spec)}")
         frames.append(rows.assign(run=spec.name, folder=str(path), settings=_settings(spec)))
         shares.add((spec.data.validation, spec.data.test))
     if not frames:

@@ -69,14 +69,18 @@ class RunFolder:
         """Read the spec that was run."""
         path = self.path / "spec.toml"
         if not path.is_file():
-            raise RunError(f"{self.path} is no run folder: it has no spec.toml", hint="name the folder that `fedcast pretrain` wrote")
+            raise RunError(f"{self.path} is no run folder: it has no spec.toml", hint="name the folder that `fedcast pretrain` or `fedcast finetune` wrote")
         return load_spec(path)
+
+    def command(self, spec: RunSpec) -> str:
+        """Return the command that goes on with this run, for a hint."""
+        return f"`fedcast {verb(spec)} {self.path}/spec.toml -o {self.path}`"
 
     def about(self) -> dict[str, Any]:
         """Read ``run.json``."""
         path = self.path / "run.json"
         if not path.is_file():
-            raise RunError(f"{self.path} has no run.json", hint="run `fedcast pretrain` again into that folder")
+            raise RunError(f"{self.path} has no run.json", hint=f"start it again with {self.command(self.spec())}")
         about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return about
 
@@ -151,6 +155,11 @@ class RunFolder:
     def results(self) -> pd.DataFrame:
         """Return the test scores, one row a model and domain."""
         return pd.DataFrame(self.rows("result"))
+
+
+def verb(spec: RunSpec) -> str:
+    """Return the verb of ``fedcast`` that runs a spec."""
+    return "pretrain" if spec.model.checkpoint is None else "finetune"
 
 
 def write_text(path: Path, text: str) -> None:

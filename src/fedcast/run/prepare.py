@@ -92,6 +92,7 @@ def prepare(spec: RunSpec, method: Method) -> Prepared:
         raise SpecError(f"{', '.join(sorted(clash))} names both a client and something else", hint="rename that domain's file or folder")
     roles |= others
     stores |= {name: loaded[name] for name in others if name != POOL}
+    method.check(sorted(name for name, role in roles.items() if role.trains))
     samplers = {name: _sampler(name, stores[name], spec) for name in roles}
     _check_sites(spec, method, roles, stores, samplers)
     samples = {name: samplers[name].n_points for name, role in roles.items() if role.trains}

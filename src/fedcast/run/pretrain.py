@@ -157,7 +157,7 @@ class _Training:
             round=0,
             rounds=method.federated_rounds(spec.federation.rounds),
             sites=sum(role.trains for role in prepared.roles.values()),
-            config=method.model_config(spec.model),
+            config=plan.config,
             parts=plan.parts,
         )
 
@@ -283,7 +283,7 @@ class _Training:
         # In the order of the sites' names, not of their last replies, which a resume would not remember.
         experts = {site: torch.cat([server.shared_of(site), private]) for site, private in sorted(server.experts.items())}
         if unseen == "mixture" and experts:
-            build_mixture(self._mixed(), server.layout, experts).save_pretrained(folder)
+            build_mixture(cast(ModelConfig, self._plan.config), server.layout, experts).save_pretrained(folder)
         elif unseen == "each":
             for site, weights in experts.items():
                 self._save_model(weights, folder / site)
@@ -294,11 +294,6 @@ class _Training:
     def _save_model(self, weights: Tensor, folder: Path) -> None:
         """Write weights, shared ones first, as a model that ``Forecaster.from_pretrained`` loads."""
         self._plan.save(weights, self._server.tensors, folder)
-
-    def _mixed(self) -> ModelConfig:
-        """Return the configuration of the native models in a mixture."""
-        checkpoint = self._spec.model.checkpoint is not None
-        return cast(ModelConfig, self._plan.start().config) if checkpoint else self._method.model_config(self._spec.model)
 
 
 def _number(value: float) -> float | None:

@@ -20,7 +20,7 @@ import fedcast.methods  # noqa: F401 - registers the methods
 from fedcast.errors import RunError, UnknownNameError
 from fedcast.evaluate.statistics import ERRORS, REFERENCE, geometric_mean, relative
 from fedcast.methods.base import build_method
-from fedcast.run.folder import RunFolder
+from fedcast.run.folder import RunFolder, verb
 from fedcast.spec import RunSpec
 
 Array = NDArray[np.float64]
@@ -143,7 +143,8 @@ def scaling(runs: Sequence[str | Path], over: str, *, metric: str = "mse") -> Sc
     found = [_ScaledRun.of(path, over) for path in runs]
     if len({run.value for run in found}) < 2:
         what = f"all runs have {over} = {found[0].value:g}" if len(found) > 1 else f"a curve needs runs with at least two values of {over}"
-        raise RunError(what, hint=f"name runs that differ in {over}, such as those of `fedcast pretrain SPEC.toml --{over} VALUE`")
+        word = verb(found[0].spec) if found else "pretrain"
+        raise RunError(what, hint=f"name runs that differ in {over}, such as those of `fedcast {word} SPEC.toml --{over} VALUE`")
     _check_alike(found, over)
     rows = pd.concat([run.rows.assign(run=str(run.path), value=run.value, x=run.x) for run in found], ignore_index=True)
     points, notes = _points(rows, metric)
@@ -179,7 +180,7 @@ class _ScaledRun:
         folder = RunFolder(path)
         spec, rows = folder.spec(), folder.results()
         if rows.empty:
-            raise RunError(f"{path} has no results yet", hint=f"finish it with `fedcast pretrain {path}/spec.toml -o {path}`")
+            raise RunError(f"{path} has no results yet", hint=f"finish it with {folder.command(spec)}")
         if REFERENCE not in set(rows["model"]):
             raise RunError(f"{path} has no scores of the seasonal naive forecast", hint="add it to evaluation.baselines and run it again")
         keys = _keys(spec)

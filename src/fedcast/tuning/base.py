@@ -44,6 +44,9 @@ class Tuning:
         super().__init_subclass__(**kwargs)
         register("tuning", cls, cls.name, TUNINGS)
 
+    def check(self, rounds: int) -> None:
+        """Refuse, by :class:`~fedcast.errors.SpecError`, a run whose number of federated rounds leaves no room for what the tuning does."""
+
     def prepare(self, model: Model, seed: int) -> Model:
         """Return the model to train, changed in place or wrapped; parameters that do not require a gradient are frozen.
 

@@ -56,6 +56,10 @@ class Trace(Tuning):
     horizon: Annotated[int, Field(ge=0)] = hyper(0, "steps that a new head forecasts in one pass; 0: as many as the model")
     batches: Annotated[int, Field(ge=1)] = hyper(32, "most validation batches for each masking")
 
+    def check(self, rounds: int) -> None:
+        """Refuse a run of one round; see :meth:`turn`."""
+        self.turn(rounds, rounds)
+
     def prepare(self, model: Model, seed: int) -> Model:
         """Put gated additions around linear maps, in place, and a new head on the model where asked for; freeze the rest.
 
