@@ -22,6 +22,7 @@ _LATER_KEYS = {
     "data": ("share",),
     "model": ("objective", "checkpoint"),
     "training": ("products", "kernels", "device", "compile", "schedule_over"),
+    "federation": ("weights",),
     "evaluation": ("horizons", "conflict"),
 }
 
@@ -136,6 +137,9 @@ class FederationSpec(_Section):
     local_steps: int = Field(50, ge=1, description="gradient steps a site and round")
     local_epochs: float | None = Field(None, gt=0, description="passes over a site's training points a round, instead of local_steps")
     participation: float = Field(1.0, gt=0, le=1, description="share of sites selected each round")
+    weights: Literal["samples", "equal"] = Field(
+        "samples", description="what a site weighs in means: its training points, or the same as any"
+    )
     quorum: float = Field(0.5, gt=0, le=1, description="share of selected sites whose replies must be usable")
     deadline_s: float | None = Field(None, gt=0, description="seconds after which a round closes without the missing replies")
     fleet: Literal["threads", "processes"] = Field("threads", description="worker threads in this process, or worker processes")

@@ -9,12 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.batches import batch_of
 from tests.federations import shared_size, small_spec, train_small
 from tests.methods.test_drift import CURVATURE, MINIMUM, OPTIMUM, _limit, _Site
 from torch import Tensor, nn
 
 from fedcast import Forecaster
-from fedcast.data.windows import Batch, Windows
+from fedcast.data.windows import Batch
 from fedcast.errors import FederationError, SpecError
 from fedcast.methods.base import Client, Server, Update, build_method
 from fedcast.methods.fedal import FedAl, decompose, default_kernel, domain_bias
@@ -142,12 +143,11 @@ def client_of(method: FedAl, received: dict[str, Tensor] | None = None, seed: in
     return Client("a", 1, 9, model, nn.ModuleDict(), unused, parameters, received, unused, {}, np.random.default_rng(seed))
 
 
-def batch_of(seed: int, size: int = 6) -> Batch:
+def walks(seed: int, size: int = 6) -> Batch:
     values = torch.randn(size, 80, generator=torch.Generator().manual_seed(seed)).cumsum(1)
     seen = torch.ones(size, 80, dtype=torch.bool)
     seen[0, :20] = False
-    labels, places = torch.zeros(size, dtype=torch.int64), np.zeros(size, dtype=np.int64)
-    return Batch(values[:, :64], seen[:, :64], values[:, 64:], seen[:, 64:], Windows(places, places), labels, labels)
+    return batch_of(values, 64, seen)
 
 
 def test_when_batches_come_then_the_bias_is_their_moving_average_and_is_pulled_to_the_global_one() -> None:
@@ -161,7 +161,7 @@ def test_when_batches_come_then_the_bias_is_their_moving_average_and_is_pulled_t
     for seed in (0, 1):
         seen = model.represent
         model.represent = lambda v, m, h, seen=seen: hidden.append(h) or seen(v, m, h)  # type: ignore[method-assign, assignment, misc]
-        batch = batch_of(seed)
+        batch = walks(seed)
         difference = (method.local_loss(pulled, batch) - method.local_loss(free, batch)).item()
         model.represent = seen  # type: ignore[method-assign]
         values, mask = torch.cat((batch.context, batch.target), 1), torch.cat((batch.mask, batch.target_mask), 1)
@@ -191,7 +191,7 @@ def test_when_a_bias_is_kept_then_its_gradient_is_this_batchs_share() -> None:
 def test_when_a_round_ends_then_the_bias_is_sent_and_kept_and_its_mean_is_weighted() -> None:
     method = FedAl(coreset=0, dynamics="none")
     client = client_of(method)
-    method.local_loss(client, batch_of(0))
+    method.local_loss(client, walks(0))
     reply = method.reply(client)
     assert set(reply) == {"bias"}
     assert torch.equal(client.parameters.private, reply["bias"].flatten())

@@ -12,10 +12,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.batches import batch_of
 from tests.federations import shared_size, small_spec, train_small
 from torch import Tensor, nn
 
-from fedcast.data.windows import Batch, Windows
+from fedcast.data.windows import Batch
 from fedcast.errors import ModelError, SpecError
 from fedcast.methods.base import Client, Server, Update, build_method
 from fedcast.methods.ffts import FFTS, geometric_mask, masked_error, trend_places
@@ -79,7 +80,7 @@ def test_when_points_are_masked_then_only_their_squares_count() -> None:
     assert nothing.item() == 0
 
 
-def batch_of(rows: int = 4, missing: bool = False) -> Batch:
+def walks(rows: int = 4, missing: bool = False) -> Batch:
     generator = torch.Generator().manual_seed(3)
     values = 5 + torch.randn(rows, 80, generator=generator).cumsum(1)
     mask = torch.ones_like(values, dtype=torch.bool)
@@ -87,10 +88,7 @@ def batch_of(rows: int = 4, missing: bool = False) -> Batch:
         mask[0, :30] = False
         mask[1] = False
         mask[1, 40] = True
-    values = torch.where(mask, values, 0.0)
-    places = np.zeros(rows, dtype=np.int64)
-    labels = torch.zeros(rows, dtype=torch.int64)
-    return Batch(values[:, :64], mask[:, :64], values[:, 64:], mask[:, 64:], Windows(places, places), labels, labels)
+    return batch_of(values, 64, mask)
 
 
 def client_of(method: FFTS, server: Tensor | None = None) -> Client:
@@ -103,7 +101,7 @@ def client_of(method: FFTS, server: Tensor | None = None) -> Client:
 
 
 def test_when_a_site_trains_then_its_loss_is_the_masked_error_plus_the_tasks() -> None:
-    method, batch = FFTS(reconstruction=2.0, forecasting=0.5), batch_of()
+    method, batch = FFTS(reconstruction=2.0, forecasting=0.5), walks()
     client = client_of(method)
     loss = method.local_loss(client, batch)
     hidden = torch.from_numpy(geometric_mask(np.random.default_rng(7), 4, 80, 0.15, 6.0))
@@ -118,7 +116,7 @@ def test_when_a_site_trains_then_its_loss_is_the_masked_error_plus_the_tasks() -
 
 
 def test_when_points_are_missing_then_none_of_them_is_masked_and_something_stays_visible() -> None:
-    batch = batch_of(missing=True)
+    batch = walks(missing=True)
     mask = torch.cat((batch.mask, batch.target_mask), dim=1)
     rng = np.random.default_rng(0)
     for _ in range(200):
@@ -131,7 +129,7 @@ def test_when_points_are_missing_then_none_of_them_is_masked_and_something_stays
 def test_when_only_pretraining_is_asked_for_then_the_forecast_is_not_trained() -> None:
     method = FFTS(forecasting=0.0)
     client = client_of(method)
-    method.local_loss(client, batch_of()).backward()
+    method.local_loss(client, walks()).backward()
     assert client.model.heads.quantiles.weight.grad.abs().sum() == 0
     assert client.model.decoder.out.weight.grad.abs().sum() > 0
     assert set(client.records()) == {"reconstruction"}
@@ -264,7 +262,7 @@ def test_when_a_run_is_done_then_its_model_forecasts_and_reconstructs_what_it_ha
     frame = pd.DataFrame({"unique_id": "new", "ds": stamps, "y": np.sin(np.arange(100.0) / 4)})
     forecast = forecaster.predict(frame, 40)
     assert np.isfinite(forecast[["forecast", "q0.1", "q0.9"]].to_numpy()).all()
-    scores = reconstruction_mse(model, batch_of(), torch.ones(4))
+    scores = reconstruction_mse(model, walks(), torch.ones(4))
     assert all(np.isfinite(score) for score in scores.values())
 
 
@@ -278,7 +276,7 @@ def test_when_a_site_learns_then_hidden_points_are_restored_better() -> None:
     for _ in range(150):
         phase = 6.28 * torch.rand(16, 1, generator=generator)
         values = torch.sin(phase + 0.4 * torch.arange(80))
-        batch = replace(batch_of(16), context=values[:, :64], target=values[:, 64:])
+        batch = replace(walks(16), context=values[:, :64], target=values[:, 64:])
         loss = method.local_loss(client, batch)
         optimiser.zero_grad(set_to_none=False)
         loss.backward()

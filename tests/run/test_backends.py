@@ -16,6 +16,7 @@ from fedcast.spec import RunSpec, TrainingSpec
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
 # oneDNN's float32 products are exact only where the processor has no AMX.
 AMX = bool(torch.cpu.get_capabilities().get("amx_bf16"))
+FLEETS = [("threads",), pytest.param(("threads", "processes"), marks=pytest.mark.slow)]
 
 
 def trained(spec: RunSpec, **training: object) -> RunSpec:
@@ -48,38 +49,39 @@ def test_when_a_run_on_a_device_is_resumed_then_private_weights_and_moments_come
 
 
 @pytest.mark.skipif(AMX, reason="oneDNN multiplies float32 in bfloat16 on this processor")
-def test_when_products_go_through_onednn_then_both_fleets_agree_and_the_loss_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fleets", FLEETS, ids="+".join)
+def test_when_products_go_through_onednn_then_fleets_agree_and_the_loss_stays(fleets: tuple[str, ...], tmp_path: Path) -> None:
     before = torch.get_float32_matmul_precision()
     runs = {
-        fleet: train_small(trained(small_spec("fedavg", fleet=fleet), products="onednn"), tmp_path / fleet)
-        for fleet in ("threads", "processes")
+        fleet: train_small(trained(small_spec("fedavg", rounds=2, fleet=fleet), products="onednn"), tmp_path / fleet) for fleet in fleets
     }
     assert torch.get_float32_matmul_precision() == before
     hashes = {run.results().weights_sha256.iloc[0] for run in runs.values()}
     assert len(hashes) == 1
-    default = train_small(small_spec("fedavg"), tmp_path / "default")
+    default = train_small(small_spec("fedavg", rounds=2), tmp_path / "default")
     assert default.results().weights_sha256.iloc[0] not in hashes
     losses, expected = ([row["mean"] for row in run.rows("validation")] for run in (runs["threads"], default))
     assert losses == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.usefixtures("compiled")
-def test_when_kernels_are_native_then_fleets_agree_a_cut_run_resumes_and_the_loss_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fleets", FLEETS, ids="+".join)
+def test_when_kernels_are_native_then_fleets_agree_a_cut_run_resumes_and_the_loss_stays(fleets: tuple[str, ...], tmp_path: Path) -> None:
     def native(**changes: Any) -> RunSpec:
-        return trained(small_spec("fedtrl", **changes), precision="bfloat16", kernels="native")
+        return trained(small_spec("fedtrl", rounds=2, **changes), precision="bfloat16", kernels="native")
 
-    runs = {fleet: train_small(native(fleet=fleet), tmp_path / fleet) for fleet in ("threads", "processes")}
+    runs = {fleet: train_small(native(fleet=fleet), tmp_path / fleet) for fleet in fleets}
     hashes = {run.results().weights_sha256.iloc[0] for run in runs.values()}
     assert len(hashes) == 1
-    cut = runs["processes"]
+    losses = [row["mean"] for row in runs["threads"].rows("validation")]
+    cut = runs[fleets[-1]]
     (cut.folder / "results.parquet").unlink()
-    for path in cut.folder.glob("checkpoints/round-000003/*"):
+    for path in cut.folder.glob("checkpoints/round-000002/*"):
         path.unlink()
-    assert set(train_small(native(), tmp_path / "processes").results().weights_sha256) == hashes
-    torch_kernels = train_small(trained(small_spec("fedtrl"), precision="bfloat16", kernels="torch"), tmp_path / "torch")
+    assert set(train_small(native(), tmp_path / fleets[-1]).results().weights_sha256) == hashes
+    torch_kernels = train_small(trained(small_spec("fedtrl", rounds=2), precision="bfloat16", kernels="torch"), tmp_path / "torch")
     assert set(torch_kernels.results().weights_sha256) != hashes
-    losses, expected = ([row["mean"] for row in run.rows("validation")] for run in (runs["threads"], torch_kernels))
-    assert losses == pytest.approx(expected, rel=2e-2)
+    assert losses == pytest.approx([row["mean"] for row in torch_kernels.rows("validation")], rel=2e-2)
 
 
 def test_when_a_run_is_older_than_the_choice_of_products_then_it_resumes_as_it_began(tmp_path: Path) -> None:

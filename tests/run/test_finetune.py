@@ -109,7 +109,8 @@ def test_when_sites_adapt_after_the_federation_then_nothing_travels_and_they_are
 @pytest.mark.parametrize(
     ("keys", "tuning", "match"),
     [
-        ({"federation": {"rounds": 1}}, "trace", "second round"),
+        ({"federation": {"rounds": 2}}, "trace", "second round"),
+        ({"method": {"name": "local"}}, "trace", "nothing travels"),
         ({"training": {"compile": True}}, "lora", "training.compile"),
         ({"model": {"objective": "reconstruct"}}, "full", "trains the architecture 'causal'"),
     ],
@@ -119,7 +120,7 @@ def test_when_a_key_does_not_fit_the_tuning_then_that_is_said_before_data_are_re
 ) -> None:
     document = tuned(base, tuning={"name": tuning}).to_dict()
     for section, values in keys.items():
-        document[section] |= values
+        document[section] = {**document[section], **values}
     document["data"]["source"] = str(tmp_path / "no-such-data")
     with pytest.raises(SpecError, match=match):
         finetune(parse_spec(document), output=tmp_path / "run")
@@ -220,6 +221,8 @@ def test_when_spec_and_verb_do_not_go_together_then_the_other_verb_is_named(base
     [
         ("ffts", {"name": "full"}, "trains the architecture 'trend'"),
         ("fedtrl", {"name": "lora"}, "mixture of native models"),
+        ("fedtrl", {"name": "head"}, "mixture of native models"),
+        ("zero_shot", {"name": "sff", "alpha": "validation"}, "trains nothing"),
         ("fedavg", {"name": "lora", "rank": 0}, "rank"),
         ("fedavg", {"name": "prompt"}, "unknown tuning"),
         ("fedgroup", {"name": "full"}, "no site fits the pattern 'hospital"),
@@ -249,7 +252,7 @@ def test_when_a_fine_tuned_model_is_saved_then_it_forecasts(base: Run, tmp_path:
 
 def demanding(base: Path) -> RunSpec:
     """Fed-LA with TRACE: a mask that the federation agrees on, then a stage in which each site goes on alone."""
-    document = small_spec("fedla", rounds=4, adapt=0.5).to_dict()
+    document = small_spec("fedla", rounds=5, local_steps=2, adapt=0.4).to_dict()
     document["model"]["checkpoint"] = str(base)
     document["tuning"] = {"name": "trace", "selections": 1}
     return parse_spec(document)
@@ -257,7 +260,7 @@ def demanding(base: Path) -> RunSpec:
 
 def die(base: str, folder: str) -> None:
     """Fine-tune until the second site of the last round has answered; run by the test in a process of its own."""
-    finetune(demanding(Path(base)), output=folder, observer=Killer("site", 4))
+    finetune(demanding(Path(base)), output=folder, observer=Killer("site", 5))
 
 
 def test_when_killed_while_sites_adapt_then_the_resumed_run_ends_with_the_same_bytes(base: Run, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from fedcast.errors import UnknownNameError
 from fedcast.models.base import ModelConfig
 from fedcast.models.patch import PatchTransformer
-from fedcast.run.medical import METHODS, SETTINGS, Setting, medical_spec, run_medical
+from fedcast.run.medical import ROWS, SETTINGS, Setting, medical_spec, run_medical
 
 QUICK = Setting(rounds=2, steps=1, batch=2, windows=4)
 
@@ -22,7 +22,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_when_the_paper_s_setting_is_asked_for_then_the_spec_says_what_the_paper_did() -> None:
-    spec = medical_spec("amazon/chronos-t5-tiny", method=METHODS["fedprox"])
+    spec = medical_spec("amazon/chronos-t5-tiny", method=ROWS["fedprox"])
     assert (spec.model.context, spec.model.horizon) == (512, 64)
     assert (spec.federation.rounds, spec.federation.local_steps, spec.training.batch_size) == (30, 400, 64)
     assert (spec.training.learning_rate, spec.training.schedule, spec.training.schedule_over) == (1e-3, "linear", "round")
@@ -52,3 +52,10 @@ def test_when_the_benchmark_runs_then_every_method_has_a_row_a_group(checkpoint:
     assert (zero.bytes_total == 0).all()
     sizes = rows.drop_duplicates("group").set_index("group").clients
     assert sizes["all"] == sizes["ecg, real"] + sizes["icg, real"]
+
+
+def test_when_a_strategy_is_unknown_then_short_names_are_suggested_and_sources_are_taken_still() -> None:
+    with pytest.raises(UnknownNameError) as caught:
+        medical_spec("amazon/chronos-t5-tiny", strategy="by-hospital")
+    assert caught.value.hint == "known: modality, real, sites, subjects"
+    assert medical_spec("amazon/chronos-t5-tiny", strategy="medical-real-100hz").data.source == "medical-real-100hz"

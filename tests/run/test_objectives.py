@@ -22,7 +22,7 @@ def _changed(spec: RunSpec, section: str, **values: object) -> RunSpec:
     return spec.model_copy(update={section: getattr(spec, section).model_copy(update=values)})
 
 
-@pytest.mark.parametrize("method", ["fedtrl", "local"])
+@pytest.mark.parametrize("method", ["fedtrl", pytest.param("local", marks=pytest.mark.slow)])
 def test_when_the_objective_is_reconstruction_then_any_method_learns_it_and_still_forecasts(method: str, tmp_path: Path) -> None:
     short = _changed(small_spec(method, rounds=1, local_steps=1), "model", objective="reconstruct")
     long = _changed(small_spec(method, rounds=3, local_steps=30), "model", objective="reconstruct")

@@ -18,7 +18,10 @@ from fedcast.run.folder import RunFolder
 from fedcast.run.pretrain import Run, pretrain
 from fedcast.spec import RunSpec
 
-PHASES = ["select", "client", "site", "aggregate", "evaluate", "checkpoint", "checkpoint-rename", "log", "test"]
+PHASES = [
+    *("client", "aggregate", "checkpoint-rename"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("select", "site", "evaluate", "checkpoint", "log", "test")),
+]
 
 
 class Killer(Silent):
@@ -68,26 +71,33 @@ def die(phase: str, round_: int, folder: str) -> None:
     pretrain(small_spec(), output=folder, observer=Killer(phase, round_))
 
 
-def sparse_spec() -> RunSpec:
-    """A federation in worker processes of which a third takes part in a round."""
-    spec = small_spec("fedtrl", fleet="processes", rounds=5)
+def sparse_spec(workers: int, rounds: int, fleet: str = "processes") -> RunSpec:
+    """A federation in worker processes of which two of three sites take part in a round."""
+    spec = small_spec("fedtrl", workers=workers, fleet=fleet, rounds=rounds)
     return spec.model_copy(update={"federation": spec.federation.model_copy(update={"participation": 0.5})})
 
 
-def die_sparsely(folder: str) -> None:
+def die_sparsely(workers: str, rounds: str, folder: str) -> None:
     """As :func:`die`, in worker processes and with few sites a round."""
-    pretrain(sparse_spec(), output=folder, observer=Killer("site", 3))
+    pretrain(sparse_spec(int(workers), int(rounds)), output=folder, observer=Killer("site", 3))
 
 
-def test_when_worker_processes_and_few_sites_are_killed_then_the_resumed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    whole = pretrain(sparse_spec(), output=tmp_path / "whole")
-    script = "import sys; from tests.run.test_resume import die_sparsely\nif __name__ == '__main__': die_sparsely(sys.argv[1])"
+@pytest.mark.parametrize(("workers", "rounds"), [(1, 3), pytest.param(2, 5, marks=pytest.mark.slow)])
+def test_when_worker_processes_and_few_sites_are_killed_then_the_resumed_run_ends_with_the_same_bytes(
+    workers: int, rounds: int, tmp_path: Path
+) -> None:
+    whole = pretrain(sparse_spec(2, rounds, fleet="threads"), output=tmp_path / "whole")
+    script = "import sys; from tests.run.test_resume import die_sparsely\nif __name__ == '__main__': die_sparsely(*sys.argv[1:])"
     runner = tmp_path / "die.py"
     runner.write_text(script)
     root = Path(__file__).parents[2]
-    dead = subprocess.run([sys.executable, str(runner), str(tmp_path / "run")], cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
+    dead = subprocess.run(
+        [sys.executable, str(runner), str(workers), str(rounds), str(tmp_path / "run")],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
     assert dead.returncode == -signal.SIGKILL
-    resumed = pretrain(sparse_spec(), output=tmp_path / "run")
+    resumed = pretrain(sparse_spec(workers, rounds), output=tmp_path / "run")
     assert weights(resumed) == weights(whole)
     assert resumed.results().weights_sha256.iloc[0] == whole.results().weights_sha256.iloc[0]
 

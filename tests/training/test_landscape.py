@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tests.batches import batch_of
 from torch import Tensor, nn
 
-from fedcast.data.windows import Batch, Windows
+from fedcast.data.windows import Batch
 from fedcast.errors import ModelError
 from fedcast.models.base import ModelConfig
 from fedcast.models.patch import PatchTransformer
@@ -63,10 +64,7 @@ def tiny() -> PatchTransformer:
 
 def windows() -> Batch:
     generator = torch.Generator().manual_seed(2)
-    context, target = torch.randn(4, 32, generator=generator), torch.randn(4, 8, generator=generator)
-    labels = torch.zeros(4, dtype=torch.int64)
-    places = Windows(np.zeros(4, np.int64), np.zeros(4, np.int64))
-    return Batch(context, torch.ones(4, 32, dtype=torch.bool), target, torch.ones(4, 8, dtype=torch.bool), places, labels, labels)
+    return batch_of(torch.cat([torch.randn(4, 32, generator=generator), torch.randn(4, 8, generator=generator)], dim=1), 32)
 
 
 def test_when_the_loss_is_quadratic_then_its_eigenvalues_come_out() -> None:

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
+from tests.batches import batch_of
 from tests.federations import small_spec, train_small
 from torch import Tensor, nn
 
-from fedcast.data.windows import Batch, Windows
+from fedcast.data.windows import Batch
 from fedcast.errors import ModelError, QuorumError, SpecError
 from fedcast.models.base import ModelConfig
 from fedcast.models.checkpoints import load_checkpoint
@@ -36,9 +37,7 @@ def batch(seed: int = 0, rows: int = 8) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     steps = torch.arange(80)
     values = torch.sin(2 * torch.pi * steps / torch.arange(5, 5 + rows)[:, None] + seed)
-    values = values + 0.1 * torch.randn(values.shape, generator=generator)
-    seen, places, label = torch.ones_like(values, dtype=torch.bool), np.arange(rows), torch.zeros(rows, dtype=torch.int64)
-    return Batch(values[:, :64], seen[:, :64], values[:, 64:], seen[:, 64:], Windows(places, places), label, label)
+    return batch_of(values + 0.1 * torch.randn(values.shape, generator=generator), 64)
 
 
 def loss_of(model: Model) -> Loss:
@@ -214,7 +213,7 @@ def test_when_the_state_is_applied_then_it_is_the_mask(model: Model) -> None:
     modules=st.integers(1, 200),
     keep=st.floats(0.01, 1.0),
     selections=st.integers(1, 12),
-    rounds=st.integers(2, 20),
+    rounds=st.integers(3, 20),
 )
 def test_when_additions_are_chosen_then_fewer_stay_each_time_down_to_the_share(
     modules: int, keep: float, selections: int, rounds: int
@@ -222,7 +221,7 @@ def test_when_additions_are_chosen_then_fewer_stay_each_time_down_to_the_share(
     tuning = Trace(keep=keep, selections=selections)
     turns = [turn for r in range(1, rounds + 1) if (turn := tuning.turn(r, rounds)) is not None]
     assert tuning.turn(1, rounds) is None
-    assert len(turns) == min(selections, rounds - 1)
+    assert len(turns) == min(selections, rounds - 2)
     assert [tuning.turn(r, rounds) for r in range(2, len(turns) + 2)] == turns
     kept = [tuning.kept(modules, *turn) for turn in turns]
     assert kept[-1] == max(1, round(keep * modules))
@@ -367,9 +366,17 @@ def test_when_a_site_has_many_validation_batches_then_some_are_taken_from_all_ov
     assert seen == [0, 2, 5, 7]
 
 
-def test_when_the_run_has_one_round_then_there_is_no_room_for_a_choice(model: Model) -> None:
-    with pytest.raises(SpecError, match="the run has one"):
-        Trace().decide({}, [], [], round=1, rounds=1, seed=0)
+def test_when_the_run_has_too_few_rounds_then_there_is_no_room_for_a_choice_and_steps_after_it(model: Model) -> None:
+    with pytest.raises(SpecError, match="the run has 2"):
+        Trace().check(2)
+    Trace().check(3)
+
+
+def test_when_a_site_lies_about_its_importances_then_it_counts_no_more_than_its_points(model: Model) -> None:
+    honest = {"importance": torch.tensor([1.0, 0.0]), "measured": torch.ones(1)}
+    liar = {"importance": torch.tensor([-1e9, 0.5]), "measured": torch.full((1,), 1e6)}
+    state = Trace(keep=0.5, selections=1).decide({}, [honest, liar], [300.0, 1.0], round=2, rounds=3, seed=0)
+    assert state["mask"].tolist() == [1.0, 0.0]
 
 
 def test_when_modules_are_left_out_one_by_one_then_the_loss_change_is_that_of_the_pruned_model(model: Model) -> None:

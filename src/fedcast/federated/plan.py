@@ -16,10 +16,10 @@ from fedcast.errors import SpecError
 from fedcast.methods.base import Method
 from fedcast.models.architectures import build_model
 from fedcast.models.base import ModelConfig
-from fedcast.models.checkpoints import load_checkpoint
+from fedcast.models.checkpoints import load_checkpoint, locate
 from fedcast.models.contract import Model, ModelShape
 from fedcast.models.mixture import DomainMixture
-from fedcast.models.patch import PatchTransformer
+from fedcast.models.patch import ARCHITECTURES, PatchTransformer
 from fedcast.models.seeding import seeded
 from fedcast.spec import RunSpec, TrainingSpec
 from fedcast.training.flat import Layout
@@ -43,6 +43,7 @@ class _Facts(NamedTuple):
     native: bool
     parts: dict[str, str]
     config: ModelConfig | None
+    size: str
 
 
 class Plan:
@@ -75,22 +76,33 @@ class Plan:
         with seeded(seed):
             model = self.tuning.prepare(self.start(), seed)
         self._check_serving(model)
+        frozen = any(not parameter.requires_grad for parameter in model.parameters())
+        if frozen and model.config.architecture in ARCHITECTURES and model.config.architecture != "patch":
+            raise SpecError(
+                f"method {self.method.name!r} needs all weights of its model, of which tuning {self.tuning.name!r} trains some",
+                hint="set tuning.name = 'full', or choose a method that fits any model, such as fedavg",
+            )
         if self.spec.training.compile and not (isinstance(model, PatchTransformer) and self.tuning.name in ("full", "sff")):
             raise SpecError("training.compile is for native models all of whose weights train", hint="leave training.compile out")
         most, asked = model.config.horizon, self.spec.model.horizon
         if asked > most:
             raise SpecError(
-                f"{self.spec.model.checkpoint} forecasts {most} steps a pass and cannot be trained on {asked}",
-                hint=f"set model.horizon to at most {most}; evaluation.horizons may be longer",
+                f"{self.spec.model.checkpoint or 'the model'} forecasts {most} steps a pass and cannot be trained on {asked}",
+                hint=f"set model.horizon to at most {most}, or for a new head tuning.horizon; evaluation.horizons may be longer",
             )
         return model
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where the checkpoint lies; one of the hub is looked up once, so that all read the same."""
+        return locate(self.spec.model.checkpoint or "")
 
     def start(self) -> Model:
         """Return the model that is tuned: drawn from the seed, or the spec's checkpoint."""
         spec, method = self.spec, self.method
         if spec.model.checkpoint is None:
             return build_model(method.model_config(spec.model), spec.seed)
-        model = load_checkpoint(spec.model.checkpoint)
+        model = load_checkpoint(self.folder)
         if isinstance(model, DomainMixture):
             raise SpecError(
                 f"{spec.model.checkpoint} is a mixture of models, which is not fine-tuned as one",
@@ -123,12 +135,13 @@ class Plan:
             )
 
     def _check_serving(self, model: Model) -> None:
-        if self.method.unseen() != "mixture" or (isinstance(model, PatchTransformer) and not self.tuning.rewires):
+        whole = all(parameter.requires_grad for parameter in model.parameters())
+        if self.method.unseen() != "mixture" or (isinstance(model, PatchTransformer) and whole and not self.tuning.rewires):
             return
         if all(self.shares(model, name) for name, parameter in model.named_parameters() if parameter.requires_grad):
             return
         raise SpecError(
-            f"method {self.method.name!r} serves unseen domains by a mixture of native models, which these are not",
+            f"method {self.method.name!r} serves unseen domains by a mixture of native models all of whose weights train",
             hint="set method.serving = 'shadow'",
         )
 
@@ -151,9 +164,12 @@ class Plan:
         return training.model_copy(update={"precision": "float32"})
 
     def computing_with(self, training: TrainingSpec) -> Plan:
-        """Return the plan with what a machine computes with written into its spec."""
+        """Return the plan with what a machine computes with, and where its checkpoint lies, written into its spec."""
         plan = copy.copy(self)
-        plan.spec = self.spec.model_copy(update={"training": training})
+        model = self.spec.model
+        if model.checkpoint is not None:
+            model = model.model_copy(update={"checkpoint": str(self.folder)})
+        plan.spec = self.spec.model_copy(update={"training": training, "model": model})
         return plan
 
     @cached_property
@@ -170,8 +186,15 @@ class Plan:
         )
         native = isinstance(model, PatchTransformer)
         parts = {name: model.part(name) for name in layout.names}
+        if answer and not layout.shared_size and self.federated_rounds:
+            raise SpecError(
+                f"tuning {self.tuning.name!r} has sites agree on what is kept, and under method {self.method.name!r} nothing travels",
+                hint="choose another method, such as fedavg, or another tuning, such as lora",
+            )
         config = model.config if isinstance(model, PatchTransformer) else None
-        return _Facts(layout, layout.flatten(named), model.shape(layout.shared_size), total, state, answer, native, parts, config)
+        return _Facts(
+            layout, layout.flatten(named), model.shape(layout.shared_size), total, state, answer, native, parts, config, model.config.size
+        )
 
     @property
     def layout(self) -> Layout:
@@ -202,6 +225,11 @@ class Plan:
     def answer_shapes(self) -> Shapes:
         """Names and shapes of what the tuning has sites answer."""
         return self._facts.answer
+
+    @property
+    def size(self) -> str:
+        """Name of the model's size, for people."""
+        return self._facts.size
 
     @property
     def config(self) -> ModelConfig | None:

@@ -24,6 +24,7 @@ from fedcast.federated.plan import TUNING, Plan, tuning_state
 from fedcast.federated.site import SiteRole
 from fedcast.methods.base import Method, Server
 from fedcast.spec import RunSpec
+from fedcast.training.memory import peak_bytes
 
 _ADAPTS = "adapts."
 """The server's tensors have a name with this prefix for each site that goes on alone."""
@@ -146,6 +147,7 @@ class RoundLoop:
         progress.seconds += time.perf_counter() - start
         row["seconds"], row["overhead_seconds"] = seconds, seconds - _critical_path(intake)
         progress.rows = [row, *rows, *self._conflict(number)]
+        progress.peak_memory = max(progress.peak_memory, peak_bytes())
         self.observer.phase("checkpoint", number)
         writing = time.perf_counter()
         self.checkpoints.save(self.server, progress, before_rename=lambda: self.observer.phase("checkpoint-rename", number))

@@ -87,7 +87,9 @@ class SiteScores:
 
     def _protocol(self, test: EvaluationSet, point: NDArray[np.floating]) -> dict[str, float]:
         """Return the scores of the medical protocol, and how many test windows weigh them (:mod:`fedcast.evaluate.medical`)."""
-        scores = {f"batch_{name}": value for name, value in client_scores(test.target, point).items()}
+        # Windows stand in the order of series and time; the protocol's batches are random.
+        order = np.random.default_rng(0).permutation(len(test))
+        scores = {f"batch_{name}": value for name, value in client_scores(test.target[order], point[order]).items()}
         return {**scores, "windows_available": float(available_windows(self._store.lengths, self._splits, test.horizon))}
 
     def _windows(self, horizon: int) -> EvaluationSet:

@@ -121,8 +121,8 @@ class Site:
 
     @property
     def samples(self) -> int:
-        """Training points at the site."""
-        return self._sampler.n_points
+        """What the site weighs in means: its training points, or 1 where all sites weigh alike."""
+        return 1 if self._spec.federation.weights == "equal" else self._sampler.n_points
 
     def validation_batches(self, device: torch.device, size: int) -> Sequence[Batch]:
         """Return the site's validation windows in batches of at most ``size``."""
@@ -172,7 +172,7 @@ class Site:
             return federation.local_steps * self.role.step_multiplier
         # A pass over the points: every step reads batch_size targets of `horizon` points.
         points = training.batch_size * self._spec.model.horizon
-        return ceil(federation.local_epochs * self.role.epoch_share * self.samples / points)
+        return ceil(federation.local_epochs * self.role.epoch_share * self._sampler.n_points / points)
 
     def _train(self, task: Task, workspace: Workspace) -> Reply:
         state = self._states.before(task.round)
@@ -229,10 +229,10 @@ class Site:
         """Return what the tuning has a site answer after its steps."""
         if not self._plan.answer_shapes:
             return {}
-        generator = torch.Generator()
+        # Whatever a loss draws, it draws alike for all that is compared.
         answers = self._plan.tuning.answer(
             workspace.model,
-            lambda batch: self._task.step(workspace.model, batch, lambda: generator)[0],
+            lambda batch: self._task.step(workspace.model, batch, torch.Generator)[0],
             lambda: self.validation_batches(workspace.device, self._spec.training.batch_size),
             round=task.round,
             rounds=self._plan.federated_rounds,

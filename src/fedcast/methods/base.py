@@ -20,7 +20,7 @@ from fedcast.errors import SpecError
 from fedcast.models.base import ModelConfig, Output
 from fedcast.models.contract import Encoding, Model, ModelShape
 from fedcast.models.patch import ARCHITECTURES
-from fedcast.registry import build, describe, register
+from fedcast.registry import build, register
 from fedcast.registry import hyper as hyper
 from fedcast.spec import MethodSpec, ModelSpec
 from fedcast.tasks.objectives import Objective
@@ -316,19 +316,9 @@ class Method:
         return cls.aggregate is Method.aggregate and cls.combine is Method.combine
 
 
-def method_names() -> list[str]:
-    """Return the names of all methods, sorted."""
-    return sorted(METHODS)
-
-
 def build_method(spec: MethodSpec) -> Method:
     """Return the method a spec names, its hyper-parameters checked; see :func:`fedcast.registry.build`."""
     return build("method", spec.name, spec.options, METHODS, help=f"see `fedcast methods {spec.name}`")
-
-
-def describe_methods() -> list[dict[str, Any]]:
-    """Return name, summary and hyper-parameters (name, type, default, description) of every method."""
-    return describe(METHODS)
 
 
 def empty() -> Tensor:

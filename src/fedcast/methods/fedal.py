@@ -165,7 +165,7 @@ class FedAl(Method):
         last = client.state.get("coreset_round")
         if last is not None and client.round - int(last) < self.refresh:
             return client.state["coreset"]
-        config, device = client.model.config, client.parameters.vector.device
+        config, device = cast(CausalTransformer, client.model).config, client.parameters.vector.device
 
         def draw() -> tuple[Tensor, Tensor]:
             return whole_windows(client.sampler.gather(client.sampler.draw(self.coreset, client.rng)).to(device), config.patch)

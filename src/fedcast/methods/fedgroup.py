@@ -57,7 +57,8 @@ class FedGroup(Method):
             members = [update for update in updates if self.group(update.site) == name]
             mean = weighted_mean(Vectors([u.tensors["shared"] for u in members]), [points[u.site] for u in members])
             server.tensors[f"group.{name}"] = mean[own]
-        self._hand_out(server, own, points)
+        # Also to sites that did not take part this time: they are scored with their group's weights.
+        server.own |= {site: self._of_group(server, site, own) for site in {*server.own, *points}}
 
     def message(self, server: Server, site: str) -> dict[str, Tensor]:
         """Send a site the weights of its group, also one that has not taken part before."""
@@ -71,9 +72,6 @@ class FedGroup(Method):
             sums[self.group(site)] = sums.get(self.group(site), 0.0) + count
         total = math.fsum(points.values())
         return {site: count * total / (len(sums) * sums[self.group(site)]) for site, count in points.items()}
-
-    def _hand_out(self, server: Server, own: Tensor, points: Mapping[str, float]) -> None:
-        server.own |= {site: self._of_group(server, site, own) for site in points}
 
     def _of_group(self, server: Server, site: str, own: Tensor | None) -> Tensor:
         found = server.tensors.get(f"group.{self.group(site)}")

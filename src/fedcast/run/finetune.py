@@ -12,12 +12,14 @@ from typing import Any
 import fedcast.tuning  # noqa: F401 - registers the tunings
 from fedcast.errors import ResumeError, SpecError
 from fedcast.federated.rounds import Observer
+from fedcast.methods.base import build_method
 from fedcast.run.folder import RunFolder
 from fedcast.run.pretrain import Run, execute
 from fedcast.spec import RunSpec, TuningSpec, load_spec
 from fedcast.tuning.base import Tuning, build_tuning
 
 CANDIDATES = "candidates"
+"""Folder of a search's runs, and the name of the file that compares them."""
 
 
 def finetune(
@@ -42,7 +44,7 @@ def finetune(
     overrides
         Dotted assignments such as ``"tuning.name=lora"``, when ``spec`` is a path.
     observer
-        Hears of phases, sites and rows.
+        Hears of phases, sites and rows; before each candidate, of a row of kind ``candidate`` with its ``label``.
 
     Returns
     -------
@@ -61,20 +63,27 @@ def finetune(
     if len(candidates) == 1:
         return execute(run_spec, output=output, observer=observer)
     folder = Path(output) if output is not None else Path("runs") / run_spec.name
+    if not build_method(run_spec.method).federated_rounds(run_spec.federation.rounds):
+        raise SpecError(
+            f"method {run_spec.method.name!r} trains nothing, so no validation loss can choose", hint="give the tuning one value"
+        )
     specs = [run_spec.model_copy(update={"tuning": _spec_of(candidate)}) for candidate in candidates]
     _check_free(RunFolder(folder), specs)
     tried: list[tuple[float, Path, dict[str, Any]]] = []
     for one in specs:
-        run = execute(one, output=folder / CANDIDATES / _label(one.tuning), observer=observer)
+        label = _label(one.tuning)
+        if observer is not None:
+            observer.row({"kind": "candidate", "label": label})
+        run = execute(one, output=folder / CANDIDATES / label, observer=observer)
         losses = [row["mean"] for row in run.rows("validation") if row["mean"] is not None]
         if not losses:
             raise SpecError("no site has a validation window to choose by", hint=f"give a value in place of {run_spec.tuning.options}")
         result = run.rows("result")[0]
         costs = {name: result[name] for name in ("bytes_total", "wall_seconds", "gradient_steps")}
-        tried.append((min(losses), run.folder, {"tuning": one.to_dict()["tuning"], "validation_loss": min(losses), **costs}))
+        tried.append((losses[-1], run.folder, {"tuning": one.to_dict()["tuning"], "validation_loss": losses[-1], **costs}))
     _, best, _ = min(tried, key=lambda each: each[0])
     shutil.copytree(best, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
-    (folder / "candidates.json").write_text(json.dumps([about for *_, about in tried], indent=2) + "\n", encoding="utf-8")
+    (folder / f"{CANDIDATES}.json").write_text(json.dumps([about for *_, about in tried], indent=2) + "\n", encoding="utf-8")
     return Run(folder)
 
 

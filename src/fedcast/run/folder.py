@@ -69,7 +69,10 @@ class RunFolder:
         """Read the spec that was run."""
         path = self.path / "spec.toml"
         if not path.is_file():
-            raise RunError(f"{self.path} is no run folder: it has no spec.toml", hint="name the folder that `fedcast pretrain` or `fedcast finetune` wrote")
+            raise RunError(
+                f"{self.path} is no run folder: it has no spec.toml",
+                hint="name the folder that `fedcast pretrain` or `fedcast finetune` wrote",
+            )
         return load_spec(path)
 
     def command(self, spec: RunSpec) -> str:

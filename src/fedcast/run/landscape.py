@@ -11,10 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+import fedcast.methods  # noqa: F401 - registers the methods
 from fedcast.data.catalogue import load_domains, split_domains
 from fedcast.data.splits import split_store
 from fedcast.data.windows import Batch, WindowSampler
 from fedcast.errors import RunError, SplitError
+from fedcast.methods.base import build_method
 from fedcast.models.checkpoints import load_checkpoint
 from fedcast.models.mixture import DomainMixture
 from fedcast.run.folder import RunFolder
@@ -109,6 +111,8 @@ def surroundings(
 def _around(
     folder: RunFolder, task: Objective, domain: str, batch: Batch, grid: int | None, seed: int, tell: Callable[[], None]
 ) -> Surroundings:
+    if build_method(folder.spec().method).unseen() == "each":
+        raise RunError(f"{folder.path} ends in one model a site", hint="choose a run whose final model is a single one")
     model = load_checkpoint(folder.path)
     if isinstance(model, DomainMixture):
         raise RunError(f"{folder.path} ends in a mixture of models", hint="choose a run whose final model is a single one")

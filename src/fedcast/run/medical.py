@@ -20,21 +20,17 @@ from fedcast.run.folder import RunFolder
 from fedcast.run.pretrain import Run
 from fedcast.spec import RunSpec, parse_spec
 
-CHECKPOINT = "amazon/chronos-t5-tiny"
-"""The model of the paper."""
-
 STRATEGIES = {name: f"medical-{name}" for name in ("subjects", "sites", "modality", "real")}
 """The three partitions of the paper (``docs/medical.md``), and the real recordings alone."""
 
-METHODS: dict[str, dict[str, Any]] = {
+ROWS: dict[str, dict[str, Any]] = {
     "zero_shot": {"name": "zero_shot"},
     "local": {"name": "local"},
     "fedavg": {"name": "fedavg"},
     "fedprox": {"name": "fedprox", "mu": 1.0},
     "fedla": {"name": "fedla", "mu": 1.0},
 }
-"""The rows of the paper's tables, with its coefficients."""
-
+"""The rows of the paper's tables: methods, with its coefficients."""
 
 COSTS = ("parameters_trained", "parameters_sent", "bytes_total", "gradient_steps", "wall_seconds", "peak_memory")
 """What a run of each row took."""
@@ -97,13 +93,13 @@ def medical_spec(
     """
     source = STRATEGIES.get(strategy, strategy)
     if source not in MEDICAL_SOURCES:
-        raise UnknownNameError.of("strategy", strategy, [*STRATEGIES, *MEDICAL_SOURCES])
+        raise UnknownNameError.of("strategy", strategy, STRATEGIES)
     document = {
         "name": f"medical-{strategy}",
         "seed": seed,
         "data": {"source": source, "validation": 0.1, "test": 0.4},
         "model": {"checkpoint": str(checkpoint), "context": context, "horizon": HORIZON},
-        "method": dict(method or METHODS["fedavg"]),
+        "method": dict(method or ROWS["fedavg"]),
         "tuning": dict(tuning or {"name": "full"}),
         # The train script of Chronos: AdamW, rate 1e-3 falling to 0 within each round, new moments each round.
         "training": {
@@ -117,7 +113,12 @@ def medical_spec(
             "final_rate": 0.0,
             "moments": "reset",
         },
-        "federation": {"rounds": setting.rounds, "local_steps": setting.steps},
+        # The authors weigh by steps, which are as many at every client, and at sites of PTB-XL by records.
+        "federation": {
+            "rounds": setting.rounds,
+            "local_steps": setting.steps,
+            "weights": "samples" if "sites" in source else "equal",
+        },
         "evaluation": {"windows": setting.windows, "every": setting.rounds},
     }
     return parse_spec(document, overrides)
@@ -128,11 +129,11 @@ def run_medical(
     output: Path,
     *,
     strategy: str = "subjects",
-    methods: Sequence[str] = tuple(METHODS),
+    methods: Sequence[str] = tuple(ROWS),
     tuning: Mapping[str, Any] | None = None,
     setting: Setting = SETTINGS["paper"],
     seeds: int = 3,
-    observer: Callable[[], Observer | None] = lambda: None,
+    observer: Callable[[str], Observer | None] = lambda label: None,
 ) -> pd.DataFrame:
     """Fine-tune and score the benchmark's rows; runs that are complete are not repeated, stopped ones are resumed.
 
@@ -143,16 +144,16 @@ def run_medical(
     output
         Folder of the runs, one a method and seed.
     methods
-        Names of :data:`METHODS`.
+        Names of :data:`ROWS`.
     seeds
         Runs a method, with seeds 0, 1, ...
     observer
-        Makes the observer of a run.
+        Makes the observer of a run from its label, such as ``fedavg, seed 0``.
 
     Returns
     -------
     pandas.DataFrame
-        The rows of :func:`medical_rows` of all runs, with ``seed`` and the costs of each run.
+        The rows of :func:`medical_rows` of all runs, with ``seed`` and the costs of each run (:data:`COSTS`; ``None`` for baselines).
 
     Raises
     ------
@@ -160,15 +161,24 @@ def run_medical(
         When there is no such strategy or method.
     """
     for name in methods:
-        if name not in METHODS:
-            raise UnknownNameError.of("method of the benchmark", name, METHODS)
+        if name not in ROWS:
+            raise UnknownNameError.of("method of the benchmark", name, ROWS)
     frames = []
     for seed in range(seeds):
         for name in methods:
-            spec = medical_spec(checkpoint, strategy=strategy, method=METHODS[name], tuning=tuning, setting=setting, seed=seed)
-            run = finetune(spec, output=output / strategy / spec.tuning.name / name / f"seed-{seed}", observer=observer())
-            frames.append(medical_rows(run).assign(seed=seed, **{cost: run.rows("result")[0][cost] for cost in COSTS}))
+            spec = medical_spec(checkpoint, strategy=strategy, method=ROWS[name], tuning=tuning, setting=setting, seed=seed)
+            folder = output / strategy / spec.tuning.name / name / f"seed-{seed}"
+            run = finetune(spec, output=folder, observer=observer(f"{name}, seed {seed}"))
+            frames.append(_with_costs(medical_rows(run), run, name).assign(seed=seed))
     return pd.concat(frames, ignore_index=True).drop_duplicates(["model", "group", "seed"])
+
+
+def _with_costs(rows: pd.DataFrame, run: Run, method: str) -> pd.DataFrame:
+    """Add what the run took to the rows of its model; a baseline cost nothing of it."""
+    costs = run.rows("result")[0]
+    return rows.assign(
+        **{cost: pd.Series([costs[cost] if model == method else None for model in rows.model], dtype=object) for cost in COSTS}
+    )
 
 
 def medical_rows(run: Run) -> pd.DataFrame:

@@ -36,7 +36,7 @@ class Prepared:
     roles, stores
         Role and series of each site.
     samples
-        Training points of each site that trains: what the screen lets it claim at most.
+        Training points of each site that trains, or 1 where all weigh alike: what the screen lets it claim at most.
     left_out
         How many series of a site are too short to be split, or to be trained on at the site's share of them, where any are.
     fingerprint
@@ -95,7 +95,8 @@ def prepare(spec: RunSpec, method: Method) -> Prepared:
     method.check(sorted(name for name, role in roles.items() if role.trains))
     samplers = {name: _sampler(name, stores[name], spec) for name in roles}
     _check_sites(spec, method, roles, stores, samplers)
-    samples = {name: samplers[name].n_points for name, role in roles.items() if role.trains}
+    equal = spec.federation.weights == "equal"
+    samples = {name: 1 if equal else samplers[name].n_points for name, role in roles.items() if role.trains}
     used = {name: sampler.splits.trained if _learns_from(roles[name]) else sampler.splits.kept for name, sampler in samplers.items()}
     left_out = {name: int((~(part | samplers[name].splits.only_tested)).sum()) for name, part in used.items()}
     hasher = hashlib.sha256()

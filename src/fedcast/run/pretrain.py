@@ -27,10 +27,10 @@ from fedcast.methods.base import Server, build_method, empty
 from fedcast.models.base import ModelConfig
 from fedcast.models.checkpoints import weights_digest
 from fedcast.run.folder import RunFolder, write_text
-from fedcast.run.memory import peak_bytes, reset_peak
 from fedcast.run.prepare import Prepared, prepare, start_fleet
 from fedcast.spec import RunSpec, load_spec
 from fedcast.training.backend import Backend
+from fedcast.training.memory import peak_bytes, reset_peak
 from fedcast.version import __version__, code_version
 
 
@@ -117,7 +117,7 @@ def execute(run_spec: RunSpec, *, output: str | Path | None, observer: Observer 
         # Chosen once, by whoever started the run: every site computes alike, also after a resume elsewhere.
         resumes = (folder.path / "run.json").is_file()
         backend = Backend.recorded(folder.about()) if resumes else Backend.resolve(training)
-        held = folder.claim(run_spec, _about(run_spec, prepared, backend))
+        held = folder.claim(run_spec, _about(plan, prepared, backend))
         resolved = plan.computing_with(backend.written_into(run_spec.training))
         if not (held and (folder.path / "results.parquet").is_file()):
             with backend.in_use():
@@ -125,12 +125,13 @@ def execute(run_spec: RunSpec, *, output: str | Path | None, observer: Observer 
     return Run(folder.path)
 
 
-def _about(spec: RunSpec, prepared: Prepared, backend: Backend) -> dict[str, Any]:
+def _about(plan: Plan, prepared: Prepared, backend: Backend) -> dict[str, Any]:
+    spec = plan.spec
     return {
         "spec_fingerprint": spec.fingerprint(),
         "data_fingerprint": prepared.fingerprint,
         **backend.record(),
-        **({"checkpoint_sha256": weights_digest(spec.model.checkpoint)} if spec.model.checkpoint is not None else {}),
+        **({"checkpoint_sha256": weights_digest(plan.folder)} if spec.model.checkpoint is not None else {}),
         "series_left_out": prepared.left_out,
         "version": __version__,
         "code": code_version(),
@@ -197,7 +198,8 @@ class _Training:
         roles = self._prepared.roles
         seen = [name for name, role in sorted(roles.items()) if role.evaluates and not role.held_out]
         unseen = [name for name, role in sorted(roles.items()) if role.held_out]
-        personal = self._server.layout.private_size > 0 or self._method.adaptation(self._server.rounds) > 0
+        adapted = self._method.adaptation(self._server.rounds) > 0
+        personal = self._server.layout.private_size > 0 or adapted or bool(self._server.own)
         answers = loop.evaluate(seen, {"part": "test", "baselines": True, "personal": personal})
         if self._method.unseen() == "each":
             answers |= self._average(loop, unseen, sorted(self._server.experts))
@@ -243,7 +245,7 @@ class _Training:
             "task": "forecast",
             "objective": spec.model.objective,
             "context": spec.model.context,
-            "size": spec.model.size,
+            "size": self._plan.size,
             "seed": spec.seed,
             "method": self._method.name,
             "options": json.dumps(spec.method.options, sort_keys=True),
@@ -256,7 +258,7 @@ class _Training:
             "gradient_steps": steps,
             "tuning": spec.tuning.name,
             "tuning_options": json.dumps(spec.tuning.options, sort_keys=True),
-            "checkpoint": spec.model.checkpoint,
+            "checkpoint": self._folder.spec().model.checkpoint,
             "parameters": self._plan.parameters,
             "parameters_trained": self._server.layout.size if self._server.rounds else 0,
             "parameters_sent": self._server.layout.shared_size if self._server.rounds else 0,

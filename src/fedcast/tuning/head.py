@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
@@ -20,7 +20,6 @@ class Head(Tuning):
     name: ClassVar[str] = "head"
     summary: ClassVar[str] = "only the forecasting head trains (linear probing)"
 
-    kind: Literal["own"] = hyper("own", "which head: the model's own")
     fresh: bool = hyper(False, "draw the head's weights anew, as SFF's linear probing does, instead of starting from the pre-trained ones")
 
     def prepare(self, model: Model, seed: int) -> Model:

@@ -111,7 +111,8 @@ class LoRA(Tuning):
     def _chosen(self, model: Model) -> list[str]:
         """Return the names, within the network, of the linear maps to adapt."""
         network, prefix = _network(model)
-        linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+        tied = _tied(network)
+        linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear) and id(module.weight) not in tied]
         targets = self.targets or model.lora_targets
         ends = tuple(f".{target}" for target in targets)
         names = [
@@ -131,6 +132,15 @@ class LoRA(Tuning):
 def _network(model: Model) -> tuple[nn.Module, str]:
     """Return what a library knows as the model, to which names in an adapter are relative, and what stands before them in the model."""
     return (model.network, f"{_ROOT}.") if isinstance(model, Published) else (model, "")
+
+
+def _tied(network: nn.Module) -> set[int]:
+    """Return the ids of parameters that have several names: an addition to one of their uses could not be merged into the weight."""
+    seen: set[int] = set()
+    tied: set[int] = set()
+    for _, parameter in network.named_parameters(remove_duplicate=False):
+        (tied if id(parameter) in seen else seen).add(id(parameter))
+    return tied
 
 
 def _adapted(network: nn.Module) -> dict[str, LoraLayer]:

@@ -57,7 +57,7 @@ class Trace(Tuning):
     batches: Annotated[int, Field(ge=1)] = hyper(32, "most validation batches for each masking")
 
     def check(self, rounds: int) -> None:
-        """Refuse a run of one round; see :meth:`turn`."""
+        """Refuse a run of fewer than three rounds; see :meth:`turn`."""
         self.turn(rounds, rounds)
 
     def prepare(self, model: Model, seed: int) -> Model:
@@ -135,8 +135,9 @@ class Trace(Tuning):
             return dict(state) or {"mask": torch.ones_like(answers[0]["importance"])}
         total, mean = 0.0, torch.zeros(answers[0]["importance"].shape, dtype=torch.float64)
         for answer, weight in zip(answers, weights, strict=True):
-            weight *= float(answer["measured"])
-            mean += weight * answer["importance"].double()
+            if float(answer["measured"]) <= 0.5:
+                continue
+            mean += weight * answer["importance"].double().clamp_min(0)
             total += weight
         if total <= 0:
             raise QuorumError(
@@ -149,18 +150,20 @@ class Trace(Tuning):
     def turn(self, round: int, rounds: int) -> tuple[int, int] | None:
         """Return which choice follows a round and how many there are, both from 1; ``None`` where none follows.
 
-        Where a run has fewer rounds than choices and one more, there are as many as it has room for.
+        Where a run has fewer rounds than choices and two more, there are as many as it has room for: what is kept trains on after the
+        last one.
 
         Raises
         ------
         SpecError
-            When a run of one round has no room for any.
+            When a run of fewer than three rounds has no room for any.
         """
-        if rounds < 2:
+        if rounds < 3:
             raise SpecError(
-                "tuning 'trace' chooses after the second round, and the run has one", hint="set federation.rounds to at least 2"
+                f"tuning 'trace' chooses after the second round and trains on, and the run has {rounds} with exchange",
+                hint="set federation.rounds to at least 3",
             )
-        turns = min(self.selections, rounds - 1)
+        turns = min(self.selections, rounds - 2)
         return (round - 1, turns) if 1 <= round - 1 <= turns else None
 
     def kept(self, modules: int, turn: int, turns: int) -> int:

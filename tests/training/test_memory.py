@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedcast.run.memory import peak_bytes, reset_peak
+from fedcast.training.memory import peak_bytes, reset_peak
 
 
 def test_when_memory_is_taken_and_given_back_then_the_peak_remembers_it() -> None:
