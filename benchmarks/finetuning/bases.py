@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
-from fedcast.models.base import QUANTILES
-from fedcast.models.published.pretrained import drawn, write_network
+from fedcast.models.published.chronos_bolt import ChronosBolt, bolt_config
 from fedcast.run.finetune import finetune
 from fedcast.run.pretrain import pretrain
 from fedcast.spec import parse_spec
@@ -38,46 +36,10 @@ def bolt(output: Path) -> Path:
     """Return a model of Chronos-Bolt's architecture (0.9 M parameters, context 512, horizon 64), trained by fedcast like :func:`native`."""
     start = output / "base-bolt-start"
     if not start.exists():
-        start.mkdir(parents=True)
-        write_network(_small_bolt(), start)
+        sizes = {"d_model": 128, "d_ff": 512, "d_kv": 32, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+        ChronosBolt.drawn(bolt_config(context=512, horizon=64, **sizes), 0).save_pretrained(start)
     model = {"checkpoint": str(start), "context": 512, "horizon": 64}
     return finetune(parse_spec({**_document("base-bolt"), "model": model}), output=output / "base-bolt").final
-
-
-def _small_bolt() -> Any:
-    """Return Chronos-Bolt's network with random weights."""
-    from chronos.chronos_bolt import ChronosBoltModelForForecasting
-    from transformers import T5Config
-
-    settings = {
-        "context_length": 512,
-        "prediction_length": 64,
-        "input_patch_size": 16,
-        "input_patch_stride": 16,
-        "quantiles": list(QUANTILES),
-        "use_reg_token": True,
-    }
-    config = T5Config(
-        architectures=["ChronosBoltModelForForecasting"],
-        chronos_pipeline_class="ChronosBoltPipeline",
-        d_model=128,
-        d_ff=512,
-        d_kv=32,
-        num_layers=2,
-        num_decoder_layers=1,
-        num_heads=4,
-        vocab_size=2,
-        reg_token_id=1,
-        pad_token_id=0,
-        eos_token_id=1,
-        decoder_start_token_id=0,
-        dropout_rate=0.0,
-        feed_forward_proj="relu",
-        initializer_factor=0.05,
-        is_encoder_decoder=True,
-        chronos_config=settings,
-    )
-    return drawn(ChronosBoltModelForForecasting, config, 0)
 
 
 def _document(name: str) -> dict[str, object]:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.finetuning import bases
-from fedcast.run.medical import METHODS, Setting, medical_spec
+from fedcast.run import medical
+from fedcast.run.medical import Setting, medical_spec
 from fedcast.spec import RunSpec, parse_spec
 
-SETTING = Setting(rounds=6, steps=12, batch=16, windows=64)
+SETTING = Setting(rounds=6, steps=16, batch=16, windows=64)
 FAST = "training.precision=bfloat16"
 SLOW = Setting(rounds=4, steps=10, batch=8, windows=16)
 """For a model that reads 500 tokens and writes one at a time."""
@@ -51,7 +52,7 @@ class Study:
     seeds: int = 3
 
 
-ROWS = {name: Row(method, FULL) for name, method in METHODS.items()}
+ROWS = {name: Row(method, FULL) for name, method in medical.ROWS.items()}
 RELEASED = {f"{name}, as released": Row({"name": name, "as_released": True}, FULL) for name in ("fedprox", "fedla")}
 
 
@@ -78,7 +79,6 @@ def _cures(*patterns: str) -> dict[str, Row]:
     return {
         "modalities weigh alike": Row(groups, FULL),
         "heads by modality": Row({**groups, "even": False, "apart": "heads"}, FULL),
-        "a model each modality": Row({**groups, "even": False, "apart": "all"}, FULL),
         "LoRA, shared": Row(FEDAVG, {"name": "lora", "rank": 8}),
         "LoRA by modality": Row({**groups, "even": False, "apart": "adapters"}, {"name": "lora", "rank": 8}),
     }

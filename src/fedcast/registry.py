@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, ValidationError, create_model
 
@@ -27,6 +27,8 @@ def register(kind: str, cls: type[T], name: str, known: dict[str, type[T]]) -> N
 def build(kind: str, name: str, options: Mapping[str, Any], known: Mapping[str, type[T]], *, help: str) -> T:
     """Return the object a section of a spec names, its hyper-parameters checked.
 
+    A list may be written as text with commas, such as ``"q,v"``: that is how a flag of the command line arrives.
+
     Raises
     ------
     UnknownNameError
@@ -37,22 +39,38 @@ def build(kind: str, name: str, options: Mapping[str, Any], known: Mapping[str, 
     if name not in known:
         raise UnknownNameError.of(kind, name, known)
     cls: Any = known[name]
-    names = [f.name for f in dataclasses.fields(cls)]
+    names = _options(cls)
     for option in options:
         if option not in names:
-            raise UnknownNameError.of(f"hyper-parameter of {kind} {name!r}:", option, names)
+            # Often the name was forgotten: the default tuning has no hyper-parameters.
+            owners = " or ".join(repr(other) for other, one in sorted(known.items()) if option in _options(one))
+            named = f"set {kind}.name to {owners}" if owners else f"leave it out, or set {kind}.name to another {kind}"
+            otherwise = None if names else f"{name!r} has no hyper-parameters: {named}"
+            raise UnknownNameError.of(f"hyper-parameter of {kind} {name!r}:", option, names, otherwise=otherwise)
     # A pydantic twin of the dataclass: hints are resolved in the module of each class, also for classes outside this package.
     hints = get_type_hints(cls, include_extras=True)
     fields: dict[str, Any] = {f.name: (hints[f.name], f.default) for f in dataclasses.fields(cls)}
+    values = {option: _listed(value, hints[option]) for option, value in options.items()}
     try:
-        built: T = cls(
-            **dict(create_model(cls.__name__, __config__=ConfigDict(allow_inf_nan=False), **fields).model_validate(dict(options)))
-        )
+        built: T = cls(**dict(create_model(cls.__name__, __config__=ConfigDict(allow_inf_nan=False), **fields).model_validate(values)))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise SpecError(f"{kind}.{key} = {first['input']!r} is refused: {first['msg']}", hint=help) from error
     return built
+
+
+def _options(cls: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _listed(value: Any, hint: Any) -> Any:
+    """Return the parts of a text with commas where a tuple is wanted, and any other value as it is."""
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    if get_origin(hint) is not tuple or not isinstance(value, str):
+        return value
+    return [part.strip() for part in value.split(",") if part.strip()]
 
 
 def describe(known: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -4,7 +4,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedcast.models.layers import InstanceNorm, _attend_explicitly, attend, key_bias, rotary_table, rotate
+from fedcast.models.layers import (
+    InstanceNorm,
+    _attend_explicitly,
+    attend,
+    key_bias,
+    observed_mean,
+    rotary_table,
+    rotate,
+    scaled_target,
+)
 
 
 def test_when_window_has_missing_points_then_only_observed_ones_count():
@@ -33,6 +42,19 @@ def test_when_nothing_is_observed_then_loc_is_zero_and_scale_one():
     assert normal.abs().max() == 0
     assert loc.tolist() == [[0.0], [0.0]]
     assert scale.tolist() == [[1.0], [1.0]]
+
+
+def test_when_steps_are_missing_then_the_mean_is_over_the_others():
+    losses, mask = torch.tensor([[1.0, 5.0], [3.0, 7.0]]), torch.tensor([[True, False], [True, False]])
+    assert observed_mean(losses, mask).item() == 2.0
+    assert observed_mean(losses, torch.zeros_like(mask)).item() == 0.0
+
+
+def test_when_a_target_lies_far_from_its_context_then_it_is_clamped_in_units_of_that():
+    target = torch.tensor([[3.0, 7.0, 999.0], [3.0, -1e38, 1e38]])
+    scaled = scaled_target(target, torch.tensor([[5.0], [3.0]]), torch.tensor([[2.0], [1e-30]]))
+    assert scaled.tolist() == [[-1.0, 1.0, 50.0], [0.0, -50.0, 50.0]]
+    assert scaled_target(target, torch.tensor([[5.0], [3.0]]), torch.ones(2, 1), limit=1.5).tolist() == [[-1.5, 1.5, 1.5], [0.0, -1.5, 1.5]]
 
 
 @settings(max_examples=200, deadline=None)

@@ -196,6 +196,19 @@ def test_when_a_model_is_saved_then_it_is_read_back_to_the_bit(base: Model, kind
         assert torch.equal(read.eval()(data.context, data.mask, 30).point, model(data.context, data.mask, 30).point)
 
 
+def test_when_a_head_is_put_on_a_model_that_has_one_then_it_takes_its_place_and_is_read_back(base: Model, tmp_path: Path) -> None:
+    first = Reheaded.on(base, "flatten", context=32, horizon=4, seed=1)
+    second = Reheaded.on(first, "depthwise", width=4, seed=2)
+    assert second.base is base
+    assert (second.config.context, second.config.horizon) == (64, 16)
+    second.save_pretrained(tmp_path)
+    read = load_checkpoint(tmp_path)
+    data = batch()
+    with torch.inference_mode():
+        ours, theirs = (model.eval()(data.context, data.mask, 16) for model in (second, read))
+    assert torch.equal(ours.point, theirs.point)
+
+
 def test_when_the_model_under_the_head_is_missing_or_another_then_the_checkpoint_is_refused(tmp_path: Path) -> None:
     model = Reheaded.on(PatchTransformer(CONFIG), "flatten")
     model.save_pretrained(tmp_path / "model")

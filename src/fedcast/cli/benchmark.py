@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from fedcast.cli.options import Json
-from fedcast.cli.output import console, emit, records
+from fedcast.cli.output import as_json, console, emit, records
 from fedcast.errors import SpecError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -21,7 +20,9 @@ BENCHMARKS = ("medical",)
 
 def benchmark(
     name: Annotated[str, typer.Argument(help="medical: ECG and impedance cardiograms of 20 clients (docs/medical.md)", metavar="NAME")],
-    checkpoint: Annotated[str, typer.Option(help="What is fine-tuned: a folder, or a name on the hub")] = "amazon/chronos-t5-tiny",
+    checkpoint: Annotated[
+        str, typer.Option(help="What is fine-tuned: a folder, or a name on the hub; the default is the paper's")
+    ] = "amazon/chronos-t5-tiny",
     strategy: Annotated[str, typer.Option(help="Partition: subjects, sites, modality, or real (real people alone)")] = "subjects",
     methods: Annotated[str, typer.Option(help="Methods, separated by commas")] = "zero_shot,local,fedavg,fedprox,fedla",
     tuning: Annotated[str, typer.Option(help="Which weights train; see `fedcast tunings`")] = "full",
@@ -47,9 +48,9 @@ def benchmark(
         tuning={"name": tuning},
         setting=SETTINGS[setting],
         seeds=seeds,
-        observer=lambda: None if json else ProgressObserver(),
+        observer=lambda label: None if json else ProgressObserver(label=label),
     )
-    (output / f"{strategy}-{tuning}.json").write_text(jsonlib.dumps(records(rows), indent=2) + "\n", encoding="utf-8")
+    (output / f"{strategy}-{tuning}.json").write_text(as_json(records(rows)) + "\n", encoding="utf-8")
     if json:
         emit(records(rows))
         return
@@ -57,23 +58,26 @@ def benchmark(
 
 
 def _table(rows: pd.DataFrame, title: str) -> Table:
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
-    table.add_column("model")
+    from fedcast.report.tables import BASELINES, pretty_name
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    table.add_column("model", no_wrap=True)
     table.add_column("clients")
     for column in ("RMSE", "MAE", "sMAPE %", "MB sent", "weights trained", "seconds"):
         table.add_column(column, justify="right")
-    for (model, group), part in rows.groupby(["model", "group"], sort=False):
+    ordered = rows.sort_values("model", key=lambda models: models.isin(BASELINES), kind="stable")
+    for (model, group), part in ordered.groupby(["model", "group"], sort=False):
         first = part.iloc[0]
-        baseline = model == "seasonal_naive"
         costs = (
             ["", "", ""]
-            if baseline or group != "all"
+            if model in BASELINES or group != "all"
             else [f"{first.bytes_total / 1e6:,.1f}", f"{int(first.parameters_trained):,}", f"{part.wall_seconds.mean():.0f}"]
         )
         cells = [_spread(part[name], digits) for name, digits in (("rmse", 4), ("mae", 4), ("smape", 2))]
-        table.add_row(str(model) if group == "all" else "", f"{group} ({first.clients})", *cells, *costs)
+        table.add_row(pretty_name(str(model)) if group == "all" else "", f"{group} ({first.clients})", *cells, *costs)
     return table
 
 

@@ -59,7 +59,6 @@ def models(
 def _write_random(family: type[Published], folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SpecError(f"{folder} is there already", hint="choose a folder that does not exist yet")
-    family.library.require(family.family)
     model = family.tiny(_SEED)
     try:
         model.save_pretrained(folder)
@@ -124,7 +123,6 @@ def _facts(row: Mapping[str, Any], *, full: bool) -> Iterable[tuple[str, str]]:
     yield "checkpoints", ", ".join(row["checkpoints"]) or "none on the Hugging Face hub"
     yield "licence", row["licence"]
     yield "quantiles", row["quantiles"]
-    yield "trains", "yes"
     if full:
         yield "head", ", ".join(name.rstrip(".") for name in row["head"]) or "none of its own"
         yield "LoRA adapts", ", ".join(row["lora_targets"])

@@ -85,8 +85,13 @@ def fail(error: Mapping[str, object], as_json: bool) -> int:
 
 
 def emit(document: object) -> None:
-    """Print a document as JSON to stdout; numbers that are not finite become ``null``."""
-    typer.echo(json.dumps(_plain(document), indent=2, ensure_ascii=False))
+    """Print a document as JSON to stdout; see :func:`as_json`."""
+    typer.echo(as_json(document))
+
+
+def as_json(document: object) -> str:
+    """Return a document as JSON; numbers that are not finite become ``null``."""
+    return json.dumps(_plain(document), indent=2, ensure_ascii=False)
 
 
 def _plain(value: Any) -> Any:

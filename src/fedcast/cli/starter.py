@@ -100,9 +100,11 @@ def starter(name: str, folder: Path | None, columns: Mapping[str, str | None], c
     """
     source = "bundled" if folder is None else str(folder)
     values: dict[str, object] = {f"data.{key}": value for key, value in columns.items()}
-    largest = DEFAULT
+    largest, comments = DEFAULT, {row["key"]: row["description"] for row in spec_keys()}
     if checkpoint is not None:
-        largest = _largest(checkpoint)
+        model = _read(checkpoint)
+        comments |= _limits(model)
+        largest = Lengths(context=min(DEFAULT.context, model.context), horizon=min(DEFAULT.horizon, model.horizon))
         values |= {"model.checkpoint": checkpoint, "model.context": largest.context, "model.horizon": largest.horizon, **_FINE_TUNING}
     if source in DEFAULT_HELD_OUT:
         values |= {"data.source": source, "data.held_out": list(DEFAULT_HELD_OUT[source])}
@@ -132,16 +134,24 @@ def starter(name: str, folder: Path | None, columns: Mapping[str, str | None], c
             lines += ["", f"[{section}]"]
         value = values.get(key["key"])
         text = toml_value(value) if value is not None else key["default"]
-        lines += [f"# {key['description']}", f"# {leaf} = ..." if not text else f"{leaf} = {text}"]
+        lines += [f"# {comments[key['key']]}", f"# {leaf} = ..." if not text else f"{leaf} = {text}"]
     return "\n".join(lines) + "\n"
 
 
-def _largest(checkpoint: str) -> Lengths:
-    """Return the default lengths, cut to what a model reads and gives in one pass."""
+def _read(checkpoint: str) -> Lengths:
+    """Return what a model reads and gives in one pass."""
     from fedcast.models.checkpoints import load_checkpoint
 
     model = load_checkpoint(checkpoint).config
-    return Lengths(context=min(DEFAULT.context, model.context), horizon=min(DEFAULT.horizon, model.horizon))
+    return Lengths(context=model.context, horizon=model.horizon)
+
+
+def _limits(model: Lengths) -> dict[str, str]:
+    """Return comments that say what a model sets to its lengths."""
+    return {
+        "model.context": f"longest context, in time steps; of more than {model.context} the model reads the last {model.context} alone",
+        "model.horizon": f"steps trained on, at most {model.horizon}: one pass of the model; evaluation.horizons may be longer",
+    }
 
 
 def _run_name(name: str) -> str:

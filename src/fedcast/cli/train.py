@@ -73,8 +73,26 @@ def _show(run: Run, json: bool) -> None:
         emit({"run": run.folder, "final": run.final, "best": run.best, "report": page, "results": records(results)})
         return
     print_results(results)
+    if chosen := _chosen(run.folder):
+        typer.echo(f"tuning  {chosen}")
     for label, path in (("model", run.final), ("report", page)):
         typer.echo(f"{label:7} {path}")
+
+
+def _chosen(folder: Path) -> str | None:
+    """Return which candidate of a search a run is; ``None`` where nothing was searched."""
+    import json
+
+    from fedcast.run.finetune import CANDIDATES
+    from fedcast.run.folder import RunFolder
+
+    tried = folder / f"{CANDIDATES}.json"
+    if not tried.is_file():
+        return None
+    tuning = RunFolder(folder).spec().tuning
+    count = len(json.loads(tried.read_text(encoding="utf-8")))
+    options = ", ".join(f"{name} = {value}" for name, value in tuning.options.items())
+    return f"{tuning.name} with {options}, which has the smallest validation loss of {count} candidates ({tried})"
 
 
 def check_run_folder(folder: Path) -> None:

@@ -18,7 +18,7 @@ from fedcast.models.published.heartgpt import HeartGPT
 from fedcast.models.reheaded import FORMAT as REHEADED
 from fedcast.models.reheaded import Reheaded
 
-_SUFFIXES = (".safetensors", ".json", ".ckpt")
+_SUFFIXES = (".safetensors", ".json")
 
 
 def locate(checkpoint: str | Path) -> Path:

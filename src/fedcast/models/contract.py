@@ -6,13 +6,41 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self, cast
+from typing import ClassVar, NamedTuple, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from fedcast.data.windows import Batch
-from fedcast.models.base import Forecast, ModelConfig
+from fedcast.models.base import Forecast
+
+
+class Config(Protocol):
+    """What every model's configuration says; :class:`~fedcast.models.base.ModelConfig` is that of the native ones."""
+
+    @property
+    def context(self) -> int:
+        """Longest context that is read."""
+
+    @property
+    def horizon(self) -> int:
+        """Steps forecast in one pass."""
+
+    @property
+    def patch(self) -> int:
+        """Time steps a token stands for."""
+
+    @property
+    def d_model(self) -> int:
+        """Width of the features."""
+
+    @property
+    def architecture(self) -> str:
+        """Which class computes it."""
+
+    @property
+    def size(self) -> str:
+        """What stands in result rows as the name of its size."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +87,11 @@ class Model(nn.Module, ABC):
     Attributes
     ----------
     config
-        The shape: a :class:`~fedcast.models.base.ModelConfig`, or a published model's own.
+        The shape.
     """
 
     lora_targets: ClassVar[tuple[str, ...]] = ()
-    config: ModelConfig | Any
+    config: Config
 
     @property
     def device(self) -> torch.device:
@@ -120,7 +148,7 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model to a folder that :func:`fedcast.models.forecaster.load_model` reads."""
+        """Write the model to a folder that :func:`fedcast.models.checkpoints.load_checkpoint` reads."""
 
 
 class Encoding(NamedTuple):

@@ -115,7 +115,7 @@ class Forecaster:
         time, id, target, freq
             As in :func:`fedcast.data.frames.read_frame`.
         precision
-            ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 where the device multiplies it by itself. ``None``: the parameters' type.
+            ``"float32"`` (published models know no other), ``"bfloat16"``, ``"auto"`` (the faster one); ``None``: the parameters' type.
         workers
             Threads on a CPU; by default as many as torch uses, one a core. Other devices have one.
         progress
@@ -212,9 +212,10 @@ class Forecaster:
 
     def _model(self, precision: Precision | None) -> Model | DomainMixture:
         """Return the model in the type of a precision: itself where it has that type."""
-        if precision is None or (isinstance(self.model, Published) and precision != "bfloat16"):
+        published = any(isinstance(module, Published) for module in self.model.modules())  # also one under a new head
+        if precision is None or (published and precision != "bfloat16"):
             return self.model
-        if isinstance(self.model, Published):
+        if published:
             raise ModelError("published models forecast in float32", hint="leave the precision out")
         dtype = forecast_dtype(precision, self.model.device)
         if all(parameter.dtype == dtype for parameter in self.model.parameters()):

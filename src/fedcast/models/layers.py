@@ -17,6 +17,9 @@ from fedcast.kernels.blocks import DecoderBlockFunction, EncoderBlockFunction, f
 _MASKED = -1e9  # finite, so that a row without any key stays finite; its softmax weight is exactly 0 elsewhere
 _ROPE_BASE = 100.0  # contexts are tens of patches: with the usual 10000 most pairs would hardly turn
 _SMALLEST_SCALE = 1e-30
+TARGET_LIMIT = 50.0
+"""Standard deviations of the context to which targets are clamped in training: a series that leaves a near-constant context must not
+drown the others in the loss."""
 
 
 class Linear(nn.Linear):
@@ -68,6 +71,17 @@ class InstanceNorm:
         shape = (-1,) + (1,) * (normalised.dim() - 1)
         limit = torch.finfo(loc.dtype).max
         return torch.addcmul(loc.view(shape), normalised.to(loc.dtype), scale.view(shape)).clamp(-limit, limit)
+
+
+def scaled_target(target: Tensor, loc: Tensor, scale: Tensor, limit: float = TARGET_LIMIT) -> Tensor:
+    """Return targets [B, H] in units of their context, whose ``loc`` and ``scale`` are [B, 1], clamped to ``limit`` of them."""
+    return ((target - loc) / scale).clamp(-limit, limit)
+
+
+def observed_mean(error: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of errors [B, H] where ``mask`` is True; 0, with zero gradients, where there is none."""
+    observed = mask.to(torch.float32)
+    return (error * observed).sum() / observed.sum().clamp_min(1.0)
 
 
 @lru_cache(maxsize=64)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedcast.errors import CheckpointError, ModelError
 from fedcast.models.base import QUANTILES, Forecast, ModelConfig, Output
-from fedcast.models.contract import Model
+from fedcast.models.contract import Config, Model
 from fedcast.models.files import Document, check_tensors, read_config, read_model, write_model
 from fedcast.models.layers import DecoderBlock, EncoderBlock, InstanceNorm, Linear, PatchEmbedding, key_bias, rotary_table
 from fedcast.models.packing import Packing, arrange
@@ -374,7 +374,7 @@ def model_class(folder: str | Path) -> type[PatchTransformer]:
     return ARCHITECTURES[name]
 
 
-def roll(one_pass: Callable[[Tensor, Tensor, int], Output], config: ModelConfig, context: Tensor, mask: Tensor, horizon: int) -> Forecast:
+def roll(one_pass: Callable[[Tensor, Tensor, int], Output], config: Config, context: Tensor, mask: Tensor, horizon: int) -> Forecast:
     """Forecast any horizon with a model that forecasts ``config.horizon`` steps a pass; see :meth:`PatchTransformer.forward`."""
     if horizon < 1:
         raise ModelError(f"a horizon of {horizon} steps is none", hint="ask for at least 1 step")

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from fedcast.data.windows import Batch
 from fedcast.errors import CheckpointError, ModelError
-from fedcast.models.base import QUANTILES, Forecast, ModelConfig, Output
+from fedcast.models.base import QUANTILES, Forecast, Output
 from fedcast.models.contract import Encoding, Model, OwnLossModel
 from fedcast.models.files import Document, check_tensors, read_model, write_model
-from fedcast.models.layers import InstanceNorm
+from fedcast.models.layers import InstanceNorm, observed_mean, scaled_target
 from fedcast.models.patch import roll
 from fedcast.models.seeding import seeded
 
@@ -33,7 +33,6 @@ BASE = "base"
 HeadKind = Literal["flatten", "depthwise"]
 
 _KERNEL = 3
-_LIMIT = 50.0  # as in fedcast.tasks.forecast: a series that leaves a near-constant context must not drown the others
 _Count = Annotated[int, Field(ge=1, le=2**20)]
 
 
@@ -150,7 +149,7 @@ class Reheaded(OwnLossModel):
         Parameters
         ----------
         base
-            Any model.
+            Any model; of one that has a new head already, the model under that.
         kind, width
             As in :class:`ReheadedConfig`.
         context, horizon
@@ -158,6 +157,7 @@ class Reheaded(OwnLossModel):
         seed
             Seed of the head's weights.
         """
+        base = base.base if isinstance(base, Reheaded) else base
         context, horizon = context or base.config.context, horizon or base.config.horizon
         if context > base.config.context:
             raise ModelError(
@@ -214,14 +214,12 @@ class Reheaded(OwnLossModel):
                 hint="set tuning.horizon to at least as many, or model.horizon to at most those",
             )
         output = self._one_pass(batch.context, batch.mask, steps)
-        target = ((batch.target - output.loc) / output.scale).clamp(-_LIMIT, _LIMIT)
-        observed = batch.target_mask.float()
-        loss = (F.mse_loss(output.point, target, reduction="none") * observed).sum() / observed.sum().clamp_min(1.0)
-        return loss, Encoding(output.features, output.feature_mask)
+        error = F.mse_loss(output.point, scaled_target(batch.target, output.loc, output.scale), reduction="none")
+        return observed_mean(error, batch.target_mask), Encoding(output.features, output.feature_mask)
 
     def forward(self, context: Tensor, mask: Tensor, horizon: int) -> Forecast:
         """Forecast in data units, for any horizon; longer ones are rolled. See :class:`~fedcast.models.contract.Model`."""
-        return roll(self._one_pass, cast(ModelConfig, self.config), context, mask, horizon)
+        return roll(self._one_pass, self.config, context, mask, horizon)
 
     def _one_pass(self, context: Tensor, mask: Tensor, horizon: int) -> Output:
         """Forecast in normalised units; ``horizon`` is at most the head's."""

@@ -64,10 +64,13 @@ class ProgressObserver:
     ----------
     console
         Where to write; stderr by default, so that stdout stays free for results.
+    label
+        What is run, where one command runs several specs; a row of kind ``candidate`` sets it too.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, *, label: str = "") -> None:
         self.console = console or Console(stderr=True)
+        self._label = label
         self._lock = threading.Lock()
         self._progress: Progress | None = None
         self._round_bar = TaskID(0)
@@ -85,7 +88,7 @@ class ProgressObserver:
             if not self.console.is_terminal:
                 return
             self._progress = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=28),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
@@ -94,7 +97,7 @@ class ProgressObserver:
                 console=self.console,
                 transient=False,
             )
-            self._round_bar = self._progress.add_task("rounds", total=rounds, note="")
+            self._round_bar = self._progress.add_task(f"{self._label} rounds".lstrip(), total=rounds, note="")
             self._site_bar = self._progress.add_task(" sites", total=len(sites), note="")
             self._progress.start()
 
@@ -105,12 +108,14 @@ class ProgressObserver:
                 self._progress.update(self._site_bar, advance=1, note=f"round {round}: {site}")
 
     def row(self, row: Mapping[str, Any]) -> None:
-        """Take one row of the run's record: a round's loss and cost, or a validation."""
+        """Take one row of the run's record: a round's loss and cost, or a validation; or the name of the candidate that comes next."""
         with self._lock:
             if row.get("kind") == "round":
                 self._round(row)
             elif row.get("kind") == "validation":
                 self._validated(row)
+            elif row.get("kind") == "candidate":
+                self._label = str(row["label"])
 
     def phase(self, name: str, round: int) -> None:
         """Show what the run is doing in this round."""
@@ -157,6 +162,7 @@ class ProgressObserver:
         return "  ".join(part for part in (self._train, self._validation) if part)
 
     def _line(self, text: str) -> None:
+        text = f"{self._label}  {text}" if self._label else text
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -58,7 +58,10 @@ def read_record(folder: Path) -> RunRecord:
     """
     record = folder / "metrics.jsonl"
     if not record.is_file():
-        raise RunError(f"{folder} is no run folder: it has no metrics.jsonl", hint="give the folder that `fedcast pretrain` wrote")
+        raise RunError(
+            f"{folder} is no run folder: it has no metrics.jsonl",
+            hint="give the folder that `fedcast pretrain` or `fedcast finetune` wrote",
+        )
     rows = _read_rows(record)
     spec_file = folder / "spec.toml"
     spec_text = spec_file.read_text(encoding="utf-8", errors="replace") if spec_file.is_file() else ""

@@ -69,22 +69,24 @@ def finetune(
         )
     specs = [run_spec.model_copy(update={"tuning": _spec_of(candidate)}) for candidate in candidates]
     _check_free(RunFolder(folder), specs)
-    tried: list[tuple[float, Path, dict[str, Any]]] = []
-    for one in specs:
-        label = _label(one.tuning)
-        if observer is not None:
-            observer.row({"kind": "candidate", "label": label})
-        run = execute(one, output=folder / CANDIDATES / label, observer=observer)
-        losses = [row["mean"] for row in run.rows("validation") if row["mean"] is not None]
-        if not losses:
-            raise SpecError("no site has a validation window to choose by", hint=f"give a value in place of {run_spec.tuning.options}")
-        result = run.rows("result")[0]
-        costs = {name: result[name] for name in ("bytes_total", "wall_seconds", "gradient_steps")}
-        tried.append((losses[-1], run.folder, {"tuning": one.to_dict()["tuning"], "validation_loss": losses[-1], **costs}))
-    _, best, _ = min(tried, key=lambda each: each[0])
+    tried = [_try(one, folder / CANDIDATES / _label(one.tuning), observer) for one in specs]
+    best, _ = min(tried, key=lambda each: each[1]["validation_loss"])
     shutil.copytree(best, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
-    (folder / f"{CANDIDATES}.json").write_text(json.dumps([about for *_, about in tried], indent=2) + "\n", encoding="utf-8")
+    (folder / f"{CANDIDATES}.json").write_text(json.dumps([about for _, about in tried], indent=2) + "\n", encoding="utf-8")
     return Run(folder)
+
+
+def _try(spec: RunSpec, folder: Path, observer: Observer | None) -> tuple[Path, dict[str, Any]]:
+    """Run a candidate; return its folder, and its tuning, last validation loss and costs."""
+    if observer is not None:
+        observer.row({"kind": "candidate", "label": folder.name})
+    run = execute(spec, output=folder, observer=observer)
+    losses = [row["mean"] for row in run.rows("validation") if row["mean"] is not None]
+    if not losses:
+        raise SpecError("no site has a validation window to choose by", hint="give the tuning one value")
+    result = run.rows("result")[0]
+    costs = {name: result[name] for name in ("bytes_total", "wall_seconds", "gradient_steps")}
+    return run.folder, {"tuning": spec.to_dict()["tuning"], "validation_loss": losses[-1], **costs}
 
 
 def _check_free(folder: RunFolder, specs: Sequence[RunSpec]) -> None:

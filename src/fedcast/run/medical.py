@@ -35,6 +35,18 @@ ROWS: dict[str, dict[str, Any]] = {
 COSTS = ("parameters_trained", "parameters_sent", "bytes_total", "gradient_steps", "wall_seconds", "peak_memory")
 """What a run of each row took."""
 
+_TRAINING = {
+    "learning_rate": 1e-3,
+    "weight_decay": 0.0,
+    "beta2": 0.999,
+    "warmup": 0.0,
+    "schedule": "linear",
+    "schedule_over": "round",
+    "final_rate": 0.0,
+    "moments": "reset",
+}
+"""The train script of Chronos: AdamW, rate 1e-3 falling to 0 within each round, new moments each round."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -101,18 +113,7 @@ def medical_spec(
         "model": {"checkpoint": str(checkpoint), "context": context, "horizon": HORIZON},
         "method": dict(method or ROWS["fedavg"]),
         "tuning": dict(tuning or {"name": "full"}),
-        # The train script of Chronos: AdamW, rate 1e-3 falling to 0 within each round, new moments each round.
-        "training": {
-            "batch_size": setting.batch,
-            "learning_rate": 1e-3,
-            "weight_decay": 0.0,
-            "beta2": 0.999,
-            "warmup": 0.0,
-            "schedule": "linear",
-            "schedule_over": "round",
-            "final_rate": 0.0,
-            "moments": "reset",
-        },
+        "training": {"batch_size": setting.batch, **_TRAINING},
         # The authors weigh by steps, which are as many at every client, and at sites of PTB-XL by records.
         "federation": {
             "rounds": setting.rounds,

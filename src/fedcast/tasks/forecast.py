@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedcast.models.base import QUANTILES, Output
 from fedcast.models.contract import Encoding, Model, OwnLossModel
+from fedcast.models.layers import TARGET_LIMIT, observed_mean, scaled_target
 
 if TYPE_CHECKING:
     from fedcast.data.windows import Batch
@@ -39,7 +40,7 @@ class ForecastTask:
 
     eta: float = 1.0
     delta: float = 1.0
-    limit: float = 50.0
+    limit: float = TARGET_LIMIT
 
     def step(self, model: Model, batch: Batch, generator: Callable[[], torch.Generator]) -> tuple[Tensor, Output | Encoding]:
         """Return the loss of a training batch and the model's output; a model with a loss of its own is trained with that."""
@@ -64,11 +65,10 @@ class ForecastTask:
             ``target`` [B, H] in data units (0 where missing) and ``target_mask`` [B, H]. Without any observed target the loss is 0,
             with zero gradients.
         """
-        observed = batch.target_mask.to(torch.float32)
-        target = ((batch.target - output.loc) / output.scale).clamp(-self.limit, self.limit)
+        target = scaled_target(batch.target, output.loc, output.scale, self.limit)
         point = F.huber_loss(output.point, target, reduction="none", delta=self.delta)
         per_step = point + (self.eta / len(QUANTILES)) * pinball(target, output.quantiles)  # [B, H]
-        return (per_step * observed).sum() / observed.sum().clamp_min(1.0)
+        return observed_mean(per_step, batch.target_mask)
 
 
 def pinball(target: Tensor, quantiles: Tensor) -> Tensor:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fedcast.models.published  # noqa: F401 - registers the adapters
 from fedcast.data.windows import Batch, Windows
-from fedcast.errors import CheckpointError, ModelError
+from fedcast.errors import CheckpointError, MissingExtraError, ModelError
 from fedcast.models.base import QUANTILES, Forecast
 from fedcast.models.checkpoints import load_checkpoint
+from fedcast.models.forecaster import Forecaster
 from fedcast.models.published.base import FAMILIES, Published, read_json
+from fedcast.models.reheaded import Reheaded
 
 ROWS = 3
 
@@ -136,6 +141,32 @@ def test_when_the_weights_are_missing_or_cut_then_the_checkpoint_is_refused(
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(folder)
     assert caught.value.hint
+
+
+def test_when_a_tensor_has_another_shape_then_it_is_named_and_nothing_is_printed(
+    model: Published, folders: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(saved(model, folders), tmp_path / "copy"))
+    weights = load_file(folder / "model.safetensors")
+    name = max(weights, key=lambda key: weights[key].numel())
+    weights[name] = torch.cat((weights[name], weights[name]))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=re.escape(name)):
+        load_checkpoint(folder)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_when_the_library_is_missing_then_a_tiny_model_names_the_command(family: type[Published], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(family, "library", replace(family.library, needs=("no_such_module",)))
+    with pytest.raises(MissingExtraError) as caught:
+        family.tiny(0)
+    assert caught.value.hint == family.library.install
+
+
+def test_when_a_model_is_under_a_new_head_then_bfloat16_is_refused_as_without(model: Published) -> None:
+    for one in (model, Reheaded.on(model, "flatten")):
+        with pytest.raises(ModelError, match="float32"):
+            Forecaster(one).predict_arrays(np.zeros((1, 8)), 2, precision="bfloat16")
 
 
 @pytest.mark.parametrize("steps", ["one", "a pass", "more than a pass"])

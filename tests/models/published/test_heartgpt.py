@@ -150,7 +150,7 @@ def test_when_a_file_as_published_is_given_then_it_is_read(tmp_path: Path) -> No
     safetensors.torch.save_file(state, file)
     model = load_checkpoint(file)
     assert isinstance(model, HeartGPT)
-    assert model.sizes == Shape(102)
+    assert model.settings == Shape(102)
     assert len(weights_digest(file)) == 64
     with pytest.raises(CheckpointError, match="ecg"):
         HeartGPT.from_published(file, "ecg")

@@ -56,7 +56,7 @@ def test_when_a_longer_horizon_is_forecast_then_it_is_the_librarys_prediction(mo
 
 def test_when_the_published_configuration_is_read_then_its_shape_is_known() -> None:
     assert Moirai2.recognises(PUBLISHED)
-    model = Moirai2._drawn(PUBLISHED, 0)
+    model = Moirai2.drawn(PUBLISHED, 0)
     assert sum(parameter.numel() for parameter in model.parameters()) == 11_387_208
     assert (model.config.context, model.config.horizon, model.config.patch) == (8128, 64, 16)
 

@@ -13,7 +13,6 @@ import torch
 from fedcast.errors import CheckpointError
 from fedcast.models.checkpoints import load_checkpoint
 from fedcast.models.published.moment import Moment
-from fedcast.models.published.point import fill_gaps
 
 if Moment.library.installed is None:
     pytest.skip("momentfm is not installed", allow_module_level=True)
@@ -33,7 +32,7 @@ def pipeline(config: dict[str, Any]) -> Any:
 
 def pretrained(folder: Path) -> Any:
     """Write a checkpoint as published, with a head for reconstruction, and return its network."""
-    config = {**Moment.tiny(0).keys, "task_name": "reconstruction"}
+    config = {**Moment.tiny(0).settings, "task_name": "reconstruction"}
     del config["forecast_horizon"]
     network = pipeline(config)
     network.save_pretrained(folder)
@@ -61,7 +60,7 @@ def test_when_a_context_is_padded_then_the_forecast_is_the_librarys_with_the_pad
     mask = torch.nn.functional.pad(torch.ones_like(values), (24, 0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        network = pipeline({**model.keys, "task_name": "forecasting"})
+        network = pipeline({**model.settings, "task_name": "forecasting"})
     network.load_state_dict(model.network.state_dict(), strict=False)
     with torch.inference_mode():
         own = model(values, torch.ones_like(values, dtype=torch.bool), 16).point
@@ -106,9 +105,13 @@ def test_when_a_checkpoint_normalises_with_weights_then_it_is_refused(tmp_path: 
         load_checkpoint(tmp_path)
 
 
-def test_when_values_are_missing_then_gaps_are_interpolated_and_ends_held() -> None:
-    values = torch.tensor([[0.0, 0.0, 2.0, 0.0, 0.0, 8.0, 0.0], [0.0] * 7])
-    mask = torch.tensor([[False, False, True, False, False, True, False], [False] * 7])
-    filled, known = fill_gaps(values, mask)
-    torch.testing.assert_close(filled, torch.tensor([[0.0, 0.0, 2.0, 4.0, 6.0, 8.0, 8.0], [0.0] * 7]))
-    assert known.tolist() == [[False, False, True, True, True, True, True], [False] * 7]
+def test_when_values_are_missing_then_gaps_are_interpolated_and_the_end_is_held() -> None:
+    model, values = Moment.tiny(0), series()
+    mask = torch.ones_like(values, dtype=torch.bool)
+    mask[:, 20:29], mask[:, 60:] = False, False
+    filled = values.clone()
+    filled[:, 20:29] = torch.lerp(values[:, 19:20], values[:, 29:30], torch.arange(1, 10) / 10)
+    filled[:, 60:] = values[:, 59:60]
+    with torch.inference_mode():
+        given, complete = model.one_pass(torch.where(mask, values, 0.0), mask), model.one_pass(filled, torch.ones_like(mask))
+    torch.testing.assert_close(given, complete)

@@ -50,7 +50,7 @@ def test_when_the_published_shape_is_built_then_it_has_the_authors_tensors() -> 
     }
     assert Timer.recognises(published)
     with torch.device("meta"):
-        model = Timer._drawn(published, 0)
+        model = Timer.drawn(published, 0)
     names = set(model.network.state_dict())
     assert {"model.embed_layer.emb.weight", "model.norm.weight", "lm_heads.0.weight"} < names
     assert {f"model.layers.7.self_attn.{part}_proj.weight" for part in "qkvo"} < names

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedcast.models.base import QUANTILES
+from fedcast.models.base import QUANTILES, Output
 from fedcast.models.published.timesfm import TimesFM
 
 pytestmark = pytest.mark.skipif(TimesFM.library.installed is None, reason="transformers is not installed")
@@ -43,7 +43,7 @@ def test_when_the_loss_is_taken_then_each_quantile_has_its_own_level(model: Time
     level = torch.tensor(QUANTILES)
     best = target.flatten().quantile(level)
     quantiles = best.expand(4000, 1, 9).clone().requires_grad_()
-    model.error(quantiles, target).mean().backward()
+    model.error(Output(*model.levels(quantiles), *[target] * 4), target).mean().backward()
     assert quantiles.grad is not None
     slope = quantiles.grad.sum(dim=(0, 1))
     # At its own quantile the pinball loss is flat; the median is trained by the squared error, which is flat at the mean.

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 from fedcast.errors import CheckpointError
+from fedcast.models.base import Output
 from fedcast.models.checkpoints import load_checkpoint
 from fedcast.models.published.ttm import TTM
 
@@ -87,7 +88,8 @@ def test_when_the_configuration_names_a_loss_then_it_is_the_librarys(folder: Pat
         "huber": torch.nn.HuberLoss(),
         "pinball": lambda point, target: torch.max(0.8 * (target - point), -0.2 * (target - point)).mean(),
     }
-    torch.testing.assert_close(model.error(point, target).mean(), losses[loss](point, target))
+    output = Output(*model.levels(point), *[point] * 4)
+    torch.testing.assert_close(model.error(output, target).mean(), losses[loss](point, target))
 
 
 def test_when_a_model_has_a_frequency_prefix_then_its_features_are_those_of_the_patches(folder: Path) -> None:

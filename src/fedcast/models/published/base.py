@@ -39,19 +39,19 @@ class Library:
         Its name on PyPI and the module it installs.
     install
         The command that installs it beside fedcast, or apart.
-    beside
-        Whether that command leaves the versions that fedcast is tested with alone.
+    needs
+        Further modules without which it does not compute the model.
     """
 
     package: str
     module: str
     install: str
-    beside: bool = True
+    needs: tuple[str, ...] = ()
 
     @property
     def installed(self) -> str | None:
-        """The installed version; ``None`` where there is none."""
-        if find_spec(self.module) is None:
+        """The installed version; ``None`` where there is none, or where a module that it needs is not there."""
+        if any(find_spec(module) is None for module in (self.module, *self.needs)):
             return None
         try:
             return version(self.package)
@@ -125,6 +125,8 @@ class Published(OwnLossModel):
     ----------
     network
         The library's own module; all parameters are its.
+    settings
+        What :meth:`drawn` makes a model of the same shape from: the library's configuration.
 
     Notes
     -----
@@ -147,11 +149,13 @@ class Published(OwnLossModel):
         if cls.family:
             FAMILIES[cls.family] = cls
 
-    def __init__(self, network: nn.Module, config: PublishedConfig) -> None:
+    network: Any
+
+    def __init__(self, network: nn.Module, config: PublishedConfig, settings: Any) -> None:
         super().__init__()
-        self.network = network
+        self.network = network.requires_grad_(True)
         self.config = config
-        self.network.requires_grad_(True)
+        self.settings = settings
 
     def part(self, name: str) -> str:
         """Return the name with ``heads.`` or ``decoder.`` in front where it is one of theirs, else ``encoder.``."""
@@ -171,8 +175,29 @@ class Published(OwnLossModel):
 
     @classmethod
     @abstractmethod
+    def drawn(cls, settings: Any, seed: int) -> Self:
+        """Return a model of the shape that the library's configuration says, with weights drawn from ``seed`` as the library draws them."""
+
+    @classmethod
+    @abstractmethod
+    def tiny_settings(cls) -> Any:
+        """Return the configuration of a tiny model (150 kB or less on disk); the library is installed."""
+
+    @classmethod
     def tiny(cls, seed: int) -> Self:
-        """Return a tiny model with random weights (150 kB or less on disk): for tests and for trying a run without a network."""
+        """Return a tiny model with random weights: for tests and for trying a run without a network.
+
+        Raises
+        ------
+        MissingExtraError
+            When the library is not installed.
+        """
+        cls.library.require(cls.family)
+        return cls.drawn(cls.tiny_settings(), seed)
+
+    def fresh(self, seed: int) -> Self:
+        """Return a model of the same shape with newly drawn weights."""
+        return self.drawn(self.settings, seed)
 
     @abstractmethod
     def write(self, folder: Path) -> None:

@@ -17,14 +17,16 @@ LONGER = "We recommend keeping prediction length"
 """How the library's warning begins when a horizon is longer than a pass."""
 
 
-def named(config: Mapping[str, Any], architecture: str) -> bool:
+def is_chronos(config: Mapping[str, Any], architecture: str) -> bool:
     """Return whether a ``config.json`` is one of the chronos library's with a model of this class."""
     return config.get("architectures") == [architecture] and isinstance(config.get("chronos_config"), dict)
 
 
-def tiny_t5(architecture: str, pipeline: str) -> dict[str, Any]:
-    """Return the shape of a tiny T5, as the library's checkpoints write it."""
-    return {
+def t5_config(architecture: str, pipeline: str, **keys: Any) -> Any:
+    """Return the configuration of a tiny T5, as the library's checkpoints write it; ``keys`` replace and add to its own."""
+    from transformers import T5Config
+
+    tiny = {
         "architectures": [architecture],
         "chronos_pipeline_class": pipeline,
         "d_model": 16,
@@ -41,6 +43,7 @@ def tiny_t5(architecture: str, pipeline: str) -> dict[str, Any]:
         "eos_token_id": 1,
         "decoder_start_token_id": 0,
     }
+    return T5Config(**{**tiny, **keys})
 
 
 def check_levels(levels: Sequence[float]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -11,13 +10,13 @@ from torch import Tensor
 
 from fedcast.data.windows import Batch
 from fedcast.models.base import Forecast
-from fedcast.models.published.base import Encoding, Library, Published, PublishedConfig, missing_as_nan
-from fedcast.models.published.chronos import CHRONOS, LONGER, at_quantiles, check_levels, named, patch_mask
-from fedcast.models.published.pretrained import drawn, outputs_of, read_network, silence, write_network
+from fedcast.models.published.base import Encoding, Library, PublishedConfig, missing_as_nan
+from fedcast.models.published.chronos import CHRONOS, LONGER, at_quantiles, check_levels, is_chronos, patch_mask
+from fedcast.models.published.pretrained import TransformersModel, outputs_of, silence
 from fedcast.models.seeding import seeded
 
 
-class Chronos2(Published):
+class Chronos2(TransformersModel):
     """Chronos-2 behind fedcast's contract, for one series at a time: each is its own group, and there are no covariates.
 
     Sources: Ansari et al., *Chronos-2: From Univariate to Universal Forecasting*, 2025, and the library's ``chronos2``. The loss is
@@ -36,28 +35,24 @@ class Chronos2(Published):
     heads: ClassVar[tuple[str, ...]] = ("output_patch_embedding.",)
     lora_targets: ClassVar[tuple[str, ...]] = ("q", "k", "v", "o")
 
-    network: Any
-
     @classmethod
     def recognises(cls, config: Mapping[str, Any]) -> bool:
         """Return whether a ``config.json`` names the library's class."""
-        return named(config, "Chronos2Model")
+        return is_chronos(config, "Chronos2Model")
 
     @classmethod
-    def read(cls, folder: Path) -> Self:
-        """Read a checkpoint of the library."""
+    def network_class(cls) -> Any:
+        """Return ``Chronos2Model``."""
         from chronos.chronos2 import Chronos2Model
 
-        return cls._around(read_network(Chronos2Model, folder))
+        return Chronos2Model
 
     @classmethod
-    def tiny(cls, seed: int) -> Self:
-        """Return a model of 16,000 parameters: context 64, 32 steps a pass."""
-        cls.library.require(cls.family)
-        from chronos.chronos2 import Chronos2Model
+    def tiny_settings(cls) -> Any:
+        """Return the configuration of a model of 16,000 parameters: context 64, 32 steps a pass."""
         from chronos.chronos2.config import Chronos2CoreConfig
 
-        config = Chronos2CoreConfig(
+        return Chronos2CoreConfig(
             architectures=["Chronos2Model"],
             chronos_pipeline_class="Chronos2Pipeline",
             d_model=16,
@@ -77,22 +72,15 @@ class Chronos2(Published):
                 "use_arcsinh": True,
             },
         )
-        return cls._around(drawn(Chronos2Model, config, seed))
 
     @classmethod
-    def _around(cls, network: Any) -> Self:
+    def around(cls, network: Any) -> Self:
+        """Return the model that a ``Chronos2Model`` computes."""
         settings = network.chronos_config
         check_levels(settings.quantiles)
         steps = settings.max_output_patches * settings.output_patch_size
-        return cls(network, PublishedConfig(cls.family, settings.context_length, steps, settings.input_patch_size, network.config.d_model))
-
-    def fresh(self, seed: int) -> Self:
-        """Return a model of the same shape with newly drawn weights."""
-        return self._around(drawn(type(self.network), self.network.config, seed))
-
-    def write(self, folder: Path) -> None:
-        """Write ``model.safetensors`` and ``config.json`` as ``Chronos2Pipeline.from_pretrained`` reads them."""
-        write_network(self.network, folder)
+        shape = PublishedConfig(cls.family, settings.context_length, steps, settings.input_patch_size, network.config.d_model)
+        return cls(network, shape, network.config)
 
     def step(self, batch: Batch, generator: Callable[[], torch.Generator]) -> tuple[Tensor, Encoding]:
         """Return the library's loss and one feature a patch of the context; nothing is drawn."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -11,12 +10,12 @@ from torch import Tensor, nn
 
 from fedcast.data.windows import Batch
 from fedcast.models.base import QUANTILES, Forecast
-from fedcast.models.published.base import Encoding, Library, Published, PublishedConfig, missing_as_nan
-from fedcast.models.published.chronos import CHRONOS, LONGER, at_quantiles, check_levels, named, patch_mask, tiny_t5
-from fedcast.models.published.pretrained import drawn, outputs_of, read_network, silence, write_network
+from fedcast.models.published.base import Encoding, Library, PublishedConfig, missing_as_nan
+from fedcast.models.published.chronos import CHRONOS, LONGER, at_quantiles, check_levels, is_chronos, patch_mask, t5_config
+from fedcast.models.published.pretrained import TransformersModel, outputs_of, silence
 
 
-class ChronosBolt(Published):
+class ChronosBolt(TransformersModel):
     """Chronos-Bolt behind fedcast's contract.
 
     Sources: Ansari et al., *Chronos: Learning the Language of Time Series*, TMLR 2024, and the library's ``chronos_bolt``. The loss is
@@ -39,65 +38,37 @@ class ChronosBolt(Published):
     decoders: ClassVar[tuple[str, ...]] = ("decoder.",)
     lora_targets: ClassVar[tuple[str, ...]] = ("q", "k", "v", "o")
 
-    network: Any
-
-    def __init__(self, network: nn.Module, config: PublishedConfig) -> None:
-        super().__init__(network, config)
+    def __init__(self, network: nn.Module, config: PublishedConfig, settings: Any) -> None:
+        super().__init__(network, config, settings)
         # peft asks for the embedding; the library's class does not say where it is.
         self.network._input_embed_layer = "shared"
 
     @classmethod
     def recognises(cls, config: Mapping[str, Any]) -> bool:
         """Return whether a ``config.json`` names the library's class."""
-        return named(config, "ChronosBoltModelForForecasting")
+        return is_chronos(config, "ChronosBoltModelForForecasting")
 
     @classmethod
-    def read(cls, folder: Path) -> Self:
-        """Read a checkpoint of the library."""
+    def network_class(cls) -> Any:
+        """Return ``ChronosBoltModelForForecasting``."""
         from chronos.chronos_bolt import ChronosBoltModelForForecasting
 
-        return cls._around(read_network(ChronosBoltModelForForecasting, folder))
+        return ChronosBoltModelForForecasting
 
     @classmethod
-    def tiny(cls, seed: int) -> Self:
-        """Return a model of 15,000 parameters: context 64, 16 steps a pass."""
-        cls.library.require(cls.family)
-        from chronos.chronos_bolt import ChronosBoltModelForForecasting
-        from transformers import T5Config
-
-        config = T5Config(
-            **tiny_t5("ChronosBoltModelForForecasting", "ChronosBoltPipeline"),
-            vocab_size=2,
-            reg_token_id=1,
-            chronos_config={
-                "context_length": 64,
-                "prediction_length": 16,
-                "input_patch_size": 16,
-                "input_patch_stride": 16,
-                "quantiles": list(QUANTILES),
-                "use_reg_token": True,
-            },
-        )
-        return cls._around(drawn(ChronosBoltModelForForecasting, config, seed))
+    def tiny_settings(cls) -> Any:
+        """Return the configuration of a model of 26,000 parameters: context 64, 64 steps a pass."""
+        return bolt_config(context=64, horizon=64, d_ff=16)
 
     @classmethod
-    def _around(cls, network: Any) -> Self:
+    def around(cls, network: Any) -> Self:
+        """Return the model that a ``ChronosBoltModelForForecasting`` computes."""
         settings = network.chronos_config
         check_levels(settings.quantiles)
-        return cls(
-            network,
-            PublishedConfig(
-                cls.family, settings.context_length, settings.prediction_length, settings.input_patch_size, network.config.d_model
-            ),
+        shape = PublishedConfig(
+            cls.family, settings.context_length, settings.prediction_length, settings.input_patch_size, network.config.d_model
         )
-
-    def fresh(self, seed: int) -> Self:
-        """Return a model of the same shape with newly drawn weights."""
-        return self._around(drawn(type(self.network), self.network.config, seed))
-
-    def write(self, folder: Path) -> None:
-        """Write ``model.safetensors`` and ``config.json`` as ``ChronosBoltPipeline.from_pretrained`` reads them."""
-        write_network(self.network, folder)
+        return cls(network, shape, network.config)
 
     def step(self, batch: Batch, generator: Callable[[], torch.Generator]) -> tuple[Tensor, Encoding]:
         """Return the library's loss and one feature a patch; nothing is drawn."""
@@ -121,3 +92,22 @@ class ChronosBolt(Published):
         silence(LONGER)
         values = ChronosBoltPipeline(self.network).predict(missing_as_nan(context, mask), prediction_length=horizon)
         return at_quantiles(values.to(context.device), self.network.chronos_config.quantiles)
+
+
+def bolt_config(*, context: int, horizon: int, **keys: Any) -> Any:
+    """Return the configuration of a small Chronos-Bolt with patches of 16 steps; ``keys`` as in :func:`t5_config`."""
+    return t5_config(
+        "ChronosBoltModelForForecasting",
+        "ChronosBoltPipeline",
+        vocab_size=2,
+        reg_token_id=1,
+        chronos_config={
+            "context_length": context,
+            "prediction_length": horizon,
+            "input_patch_size": 16,
+            "input_patch_stride": 16,
+            "quantiles": list(QUANTILES),
+            "use_reg_token": True,
+        },
+        **keys,
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 
 from fedcast.data.windows import Batch
 from fedcast.models.base import QUANTILES, Forecast
-from fedcast.models.published.base import Encoding, Library, Published, PublishedConfig, missing_as_nan
-from fedcast.models.published.chronos import CHRONOS, named, tiny_t5
-from fedcast.models.published.pretrained import drawn, read_network, write_network
+from fedcast.models.published.base import Encoding, Library, PublishedConfig, missing_as_nan
+from fedcast.models.published.chronos import CHRONOS, is_chronos, t5_config
+from fedcast.models.published.pretrained import TransformersModel
 from fedcast.models.seeding import seeded
 
 
@@ -23,7 +22,7 @@ class _Tokens(NamedTuple):
     scale: Tensor
 
 
-class ChronosT5(Published):
+class ChronosT5(TransformersModel):
     """Chronos-T5 behind fedcast's contract.
 
     Sources: Ansari et al., *Chronos: Learning the Language of Time Series*, TMLR 2024, and the library's ``chronos``. A context is
@@ -68,10 +67,8 @@ class ChronosT5(Published):
     dropped: ClassVar[float] = 0.2
     seed: ClassVar[int] = 0
 
-    network: Any
-
-    def __init__(self, network: nn.Module, config: PublishedConfig) -> None:
-        super().__init__(network, config)
+    def __init__(self, network: nn.Module, config: PublishedConfig, settings: Any) -> None:
+        super().__init__(network, config, settings)
         from chronos import ChronosConfig, MeanScaleUniformBins
 
         self._settings = ChronosConfig(**self.network.config.chronos_config)
@@ -80,29 +77,29 @@ class ChronosT5(Published):
     @classmethod
     def recognises(cls, config: Mapping[str, Any]) -> bool:
         """Return whether a ``config.json`` is one of the library's with a T5 and its uniform bins."""
-        return named(config, "T5ForConditionalGeneration") and config["chronos_config"].get("tokenizer_class") == "MeanScaleUniformBins"
+        return (
+            is_chronos(config, "T5ForConditionalGeneration") and config["chronos_config"].get("tokenizer_class") == "MeanScaleUniformBins"
+        )
 
     @classmethod
-    def read(cls, folder: Path) -> Self:
-        """Read a checkpoint of the library."""
+    def network_class(cls) -> Any:
+        """Return ``T5ForConditionalGeneration``."""
         from transformers import T5ForConditionalGeneration
 
-        return cls._around(read_network(T5ForConditionalGeneration, folder))
+        return T5ForConditionalGeneration
 
     @classmethod
-    def tiny(cls, seed: int) -> Self:
-        """Return a model of 6,000 parameters: 64 tokens, context 64, 8 steps a pass."""
-        cls.library.require(cls.family)
-        from transformers import T5Config, T5ForConditionalGeneration
-
-        config = T5Config(
-            **tiny_t5("T5ForConditionalGeneration", "ChronosPipeline"),
+    def tiny_settings(cls) -> Any:
+        """Return the configuration of a model of 6,000 parameters: 64 tokens, context 64, 64 steps a pass."""
+        return t5_config(
+            "T5ForConditionalGeneration",
+            "ChronosPipeline",
             vocab_size=64,
             chronos_config={
                 "tokenizer_class": "MeanScaleUniformBins",
                 "tokenizer_kwargs": {"low_limit": -15.0, "high_limit": 15.0},
                 "context_length": 64,
-                "prediction_length": 8,
+                "prediction_length": 64,
                 "n_tokens": 64,
                 "n_special_tokens": 2,
                 "pad_token_id": 0,
@@ -115,23 +112,15 @@ class ChronosT5(Published):
                 "top_p": 1.0,
             },
         )
-        return cls._around(drawn(T5ForConditionalGeneration, config, seed))
 
     @classmethod
-    def _around(cls, network: Any) -> Self:
+    def around(cls, network: Any) -> Self:
+        """Return the model that a ``T5ForConditionalGeneration`` computes."""
         settings = network.config.chronos_config
-        return cls(
-            network,
-            PublishedConfig(cls.family, settings["context_length"], settings["prediction_length"], patch=1, d_model=network.config.d_model),
+        shape = PublishedConfig(
+            cls.family, settings["context_length"], settings["prediction_length"], patch=1, d_model=network.config.d_model
         )
-
-    def fresh(self, seed: int) -> Self:
-        """Return a model of the same shape with newly drawn weights."""
-        return self._around(drawn(type(self.network), self.network.config, seed))
-
-    def write(self, folder: Path) -> None:
-        """Write ``model.safetensors``, ``config.json`` and ``generation_config.json`` as ``ChronosPipeline.from_pretrained`` reads them."""
-        write_network(self.network, folder)
+        return cls(network, shape, network.config)
 
     def step(self, batch: Batch, generator: Callable[[], torch.Generator]) -> tuple[Tensor, Encoding]:
         """Return the cross-entropy over tokens and one feature a step; which points are dropped comes from the generator."""

@@ -16,8 +16,9 @@ from fedcast.errors import CheckpointError
 from fedcast.models.base import QUANTILES, Forecast
 from fedcast.models.contract import Encoding
 from fedcast.models.files import CONFIG, WEIGHTS, check_tensors, read_weights
+from fedcast.models.layers import observed_mean
 from fedcast.models.published.base import Library, Published, PublishedConfig, read_json, write_json
-from fedcast.models.published.point import save_weights
+from fedcast.models.published.pretrained import save_weights
 from fedcast.models.seeding import seeded
 
 _LEVELS = 100  # the range of the context is cut into as many steps
@@ -205,11 +206,7 @@ class HeartGPT(Published):
     lora_targets: ClassVar[tuple[str, ...]] = ("sa.proj", "ffwd.net.0", "ffwd.net.2")
     quantiles: ClassVar[str] = "sampled"
     network: GPT
-
-    def __init__(self, network: GPT, shape: Shape) -> None:
-        context = shape.block_size - shape.horizon
-        super().__init__(network, PublishedConfig(self.family, context, shape.horizon, 1, shape.n_embd))
-        self.sizes = shape
+    settings: Shape
 
     @classmethod
     def recognises(cls, config: Mapping[str, Any]) -> bool:
@@ -233,7 +230,7 @@ class HeartGPT(Published):
         if folder.is_file():
             return cls.from_published(folder)
         keys = read_json(folder / CONFIG)
-        model = cls._build(Shape(**{name: keys[name] for name in Shape._fields}), 0)
+        model = cls.drawn(Shape(**{name: keys[name] for name in Shape._fields}), 0)
         return model._fill(folder, read_weights(folder / WEIGHTS))
 
     @classmethod
@@ -261,7 +258,7 @@ class HeartGPT(Published):
                 f"{file} does not hold the weights of a HeartGPT{f' of {kind}' if kind else ''}",
                 hint="give ECGPT_560k_iters or PPGPT_500k_iters of github.com/harryjdavies/HeartGPT as a safetensors file",
             )
-        return cls._build(Shape(size), 0)._fill(Path(file), state)
+        return cls.drawn(Shape(size), 0)._fill(Path(file), state)
 
     def _fill(self, where: Path, state: Mapping[str, Tensor]) -> Self:
         check_tensors(where, self.network.state_dict(), state)
@@ -269,22 +266,21 @@ class HeartGPT(Published):
         return self
 
     @classmethod
-    def _build(cls, shape: Shape, seed: int) -> Self:
+    def drawn(cls, settings: Shape, seed: int) -> Self:
+        """Return a model with weights as torch draws them."""
+        context = settings.block_size - settings.horizon
         with seeded(seed):
-            return cls(GPT(shape), shape)
+            network = GPT(settings)
+        return cls(network, PublishedConfig(cls.family, context, settings.horizon, 1, settings.n_embd), settings)
 
     @classmethod
-    def tiny(cls, seed: int) -> Self:
-        """Return a model of one block of width 16, with 40 positions."""
-        return cls._build(Shape(_VOCABULARY["ecg"], block_size=40, n_embd=16, n_head=2, n_layer=1, horizon=8), seed)
-
-    def fresh(self, seed: int) -> Self:
-        """Return a model of the same shape with newly drawn weights, as torch draws them."""
-        return self._build(self.sizes, seed)
+    def tiny_settings(cls) -> Shape:
+        """Return the shape of a model of one block of width 16, with 40 positions."""
+        return Shape(_VOCABULARY["ecg"], block_size=40, n_embd=16, n_head=2, n_layer=1, horizon=8)
 
     def write(self, folder: Path) -> None:
         """Write ``config.json`` and ``model.safetensors``, with the published names."""
-        write_json(folder / CONFIG, {"model_type": self.family, **self.sizes._asdict()})
+        write_json(folder / CONFIG, {"model_type": self.family, **self.settings._asdict()})
         save_weights(self.network.state_dict(), folder)
 
     def step(self, batch: Batch, generator: Callable[[], torch.Generator]) -> tuple[Tensor, Encoding]:
@@ -299,8 +295,7 @@ class HeartGPT(Published):
         counted = seen[:, 1:] & read & (window.span > 0)
         logits = self.network.lm_head(features).float()
         each = F.cross_entropy(logits.flatten(0, 1), window.tokens[:, 1:].flatten(), reduction="none").view_as(counted)
-        loss = (each * counted).sum() / counted.sum().clamp_min(1)
-        return loss, Encoding(features[:, :length].float(), mask)
+        return observed_mean(each, counted), Encoding(features[:, :length].float(), mask)
 
     def embed(self, context: Tensor, mask: Tensor) -> Tensor:
         """Return the features before the head, one a step, [B, L, d], float32."""
@@ -349,7 +344,7 @@ class HeartGPT(Published):
         logits = network.lm_head(features[:, -1:]).expand(-1, count, -1)
         padding = torch.arange(length, device=tokens.device) < first[:, None]
         bias = torch.where(padding, _MASKED, 0.0).to(features.dtype)[:, None, None] if bool(first.any()) else None
-        room = (rows, self.sizes.n_head, count, draws.shape[2], self.sizes.n_embd // self.sizes.n_head)
+        room = (rows, self.settings.n_head, count, draws.shape[2], self.settings.n_embd // self.settings.n_head)
         path = [_Memory(features.new_empty(room), features.new_empty(room)) for _ in context]
         chosen = [_choose(logits, draws[..., 0])]
         for step in range(1, draws.shape[2]):

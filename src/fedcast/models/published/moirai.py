@@ -13,15 +13,14 @@ from fedcast.models.base import Forecast
 from fedcast.models.files import CONFIG
 from fedcast.models.layers import InstanceNorm
 from fedcast.models.published.base import Library, PublishedConfig, read_json
-from fedcast.models.published.decoder import MEDIAN, PatchDecoder, check_nine, in_patches
-from fedcast.models.published.point import load_weights
-from fedcast.models.published.pretrained import outputs_of, without_dropout
+from fedcast.models.published.patches import MEDIAN, QuantileModel, check_nine, in_patches
+from fedcast.models.published.pretrained import load_weights, outputs_of, without_dropout
 from fedcast.models.seeding import seeded
 
 _OWN = {"d_ff", "max_seq_len", "num_predict_token", "patch_size", "quantile_levels"}
 
 
-class Moirai2(PatchDecoder):
+class Moirai2(QuantileModel):
     """Moirai-2 behind fedcast's contract.
 
     Sources: Liu et al., *Moirai 2.0: When Less Is More for Time Series Forecasting*, arXiv 2511.11698, and ``uni2ts.model.moirai2``.
@@ -45,9 +44,6 @@ class Moirai2(PatchDecoder):
     heads: ClassVar[tuple[str, ...]] = ("out_proj.",)
     lora_targets: ClassVar[tuple[str, ...]] = ("q_proj", "v_proj")
 
-    network: Any
-    settings: dict[str, Any]
-
     @classmethod
     def recognises(cls, config: Mapping[str, Any]) -> bool:
         """Return whether a ``config.json`` has the settings of ``Moirai2Module``."""
@@ -56,15 +52,14 @@ class Moirai2(PatchDecoder):
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Read a checkpoint of uni2ts."""
-        model = cls._drawn(read_json(folder / CONFIG), 0)
+        model = cls.drawn(read_json(folder / CONFIG), 0)
         load_weights(model.network, folder)
         return model
 
     @classmethod
-    def tiny(cls, seed: int) -> Self:
-        """Return a model of 32,000 parameters, as the library has no heads narrower than 64: context 76, 4 steps a pass."""
-        cls.library.require(cls.family)
-        settings = {
+    def tiny_settings(cls) -> Any:
+        """Return those of a model of 32,000 parameters, as the library has no heads narrower than 64: context 76, 4 steps a pass."""
+        return {
             "d_model": 64,
             "d_ff": 8,
             "num_layers": 1,
@@ -76,23 +71,18 @@ class Moirai2(PatchDecoder):
             "num_predict_token": 2,
             "quantile_levels": [level / 10 for level in range(1, 10)],
         }
-        return cls._drawn(settings, seed)
 
     @classmethod
-    def _drawn(cls, settings: Mapping[str, Any], seed: int) -> Self:
+    def drawn(cls, settings: Mapping[str, Any], seed: int) -> Self:
+        """Return a model with the keys of a ``config.json``."""
         from uni2ts.model.moirai2 import Moirai2Module
 
         with seeded(seed):
             network: Any = without_dropout(Moirai2Module(**settings))
         check_nine(network.quantile_levels)
         patch, ahead = network.patch_size, network.num_predict_token
-        model = cls(network, PublishedConfig(cls.family, (network.max_seq_len - ahead) * patch, ahead * patch, patch, network.d_model))
-        model.settings = dict(settings)
-        return model
-
-    def fresh(self, seed: int) -> Self:
-        """Return a model of the same shape with newly drawn weights."""
-        return self._drawn(self.settings, seed)
+        shape = PublishedConfig(cls.family, (network.max_seq_len - ahead) * patch, ahead * patch, patch, network.d_model)
+        return cls(network, shape, settings)
 
     def write(self, folder: Path) -> None:
         """Write ``model.safetensors`` and ``config.json`` as ``Moirai2Module.from_pretrained`` reads them."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedcast.errors import CheckpointError
 from fedcast.models.files import CONFIG
 from fedcast.models.published.base import Library, PublishedConfig, read_json, write_json
-from fedcast.models.published.point import PointModel, fill_gaps, load_weights, save_weights
-from fedcast.models.published.pretrained import silence, without_dropout
+from fedcast.models.published.patches import PointModel, interpolated
+from fedcast.models.published.pretrained import load_weights, save_weights, silence, without_dropout
 from fedcast.models.seeding import seeded
 
 _HEAD = "head."
@@ -48,12 +48,9 @@ class Moment(PointModel):
     licence: ClassVar[str] = "code and weights MIT"
     heads: ClassVar[tuple[str, ...]] = ("head.",)
     lora_targets: ClassVar[tuple[str, ...]] = ("q", "v")
+    fixed: ClassVar[bool] = True
     horizon: ClassVar[int] = 96
     """Steps of a head that is drawn anew."""
-
-    def __init__(self, network: nn.Module, config: PublishedConfig, keys: Mapping[str, Any]) -> None:
-        super().__init__(network, config)
-        self.keys = keys
 
     @classmethod
     def recognises(cls, config: Mapping[str, Any]) -> bool:
@@ -72,42 +69,37 @@ class Moment(PointModel):
         keys = read_json(folder / CONFIG)
         if keys.get("revin_affine"):
             raise CheckpointError(f"{folder} normalises with weights of its own (revin_affine)", hint="use a checkpoint as published")
-        model = cls._of(keys, 0)
+        model = cls.drawn(keys, 0)
         trained = keys.get("task_name") == "forecasting"
         load_weights(model.network, folder, own=(_POSITIONS,) if trained else (_POSITIONS, _HEAD), unused=(_WORDS,))
         return model
 
     @classmethod
-    def _of(cls, keys: Mapping[str, Any], seed: int) -> Self:
-        horizon = keys.get("forecast_horizon", cls.horizon)
-        keys = {**copy.deepcopy(dict(keys)), "task_name": "forecasting", "forecast_horizon": horizon}
-        network = _build(keys, seed)
-        width = cast(Any, network).config.d_model
-        return cls(network, PublishedConfig(cls.family, keys["seq_len"], horizon, keys["patch_len"], width), keys)
-
-    @classmethod
-    def tiny(cls, seed: int) -> Self:
-        """Return a model of 8 patches and 4,000 weights."""
-        t5 = {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 2, "feed_forward_proj": "gated-gelu"}
-        return cls._of(
-            {
-                "model_name": "MOMENT",
-                "task_name": "forecasting",
-                "transformer_type": "encoder_only",
-                "transformer_backbone": "google/flan-t5-small",  # a name only: the encoder is built from t5_config
-                "t5_config": t5,
-                "d_model": 16,
-                "seq_len": 8 * _PATCH,
-                "patch_len": _PATCH,
-                "patch_stride_len": _PATCH,
-                "forecast_horizon": 16,
-            },
-            seed,
+    def drawn(cls, settings: Mapping[str, Any], seed: int) -> Self:
+        """Return a model with the keys of a ``config.json``, and a head for forecasting."""
+        horizon = settings.get("forecast_horizon", cls.horizon)
+        settings = {**settings, "task_name": "forecasting", "forecast_horizon": horizon}
+        network = _build(settings, seed)
+        return cls(
+            network, PublishedConfig(cls.family, settings["seq_len"], horizon, settings["patch_len"], network.config.d_model), settings
         )
 
-    def fresh(self, seed: int) -> Self:
-        """Return a model of the same shape with newly drawn weights."""
-        return self._of(self.keys, seed)
+    @classmethod
+    def tiny_settings(cls) -> Any:
+        """Return those of a model of 8 patches and 4,000 weights."""
+        t5 = {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 2, "feed_forward_proj": "gated-gelu"}
+        return {
+            "model_name": "MOMENT",
+            "task_name": "forecasting",
+            "transformer_type": "encoder_only",
+            "transformer_backbone": "google/flan-t5-small",  # a name only: the encoder is built from t5_config
+            "t5_config": t5,
+            "d_model": 16,
+            "seq_len": 8 * _PATCH,
+            "patch_len": _PATCH,
+            "patch_stride_len": _PATCH,
+            "forecast_horizon": 16,
+        }
 
     def write(self, folder: Path) -> None:
         """Write ``config.json`` and ``model.safetensors``.
@@ -115,17 +107,17 @@ class Moment(PointModel):
         ``MOMENTPipeline.from_pretrained(folder, model_kwargs={"task_name": "forecasting", "forecast_horizon": horizon})`` reads them;
         ``init()``, which draws a new head, must not be called then.
         """
-        write_json(folder / CONFIG, self.keys)
+        write_json(folder / CONFIG, self.settings)
         save_weights({name: tensor for name, tensor in self.network.state_dict().items() if name != _POSITIONS}, folder)
 
     def one_pass(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the library's modules; see :meth:`~fedcast.models.published.point.PointModel.one_pass`.
+        """Run the library's modules; see :meth:`~fedcast.models.published.patches.PatchModel.one_pass`.
 
         As ``MOMENT.forecast`` does, but for its normalisation, whose place the standardisation takes, and which keeps each batch's
         mean in the module.
         """
-        network = cast(Any, self.network)
-        filled, known = fill_gaps(values, mask)
+        network, known = self.network, mask.cummax(dim=1).values
+        filled = torch.where(known, interpolated(values, mask), 0.0)
         # a window without a whole patch of known steps would leave attention nothing to read
         known = torch.where(known[:, -self.config.patch :].all(dim=1, keepdim=True), known, True)
         patches = network.tokenizer(x=filled.unsqueeze(1))
@@ -135,7 +127,7 @@ class Moment(PointModel):
         return network.head(features.unsqueeze(1)).squeeze(1), features
 
 
-def _build(keys: Mapping[str, Any], seed: int) -> nn.Module:
+def _build(keys: Mapping[str, Any], seed: int) -> Any:
     from momentfm.models.moment import MOMENT
 
     silence("Only reconstruction head is pre-trained")
@@ -143,4 +135,4 @@ def _build(keys: Mapping[str, Any], seed: int) -> nn.Module:
         network = MOMENT({**copy.deepcopy(dict(keys)), "enable_gradient_checkpointing": False}, model_kwargs={})
     # An embedding of words, of up to a third of all weights, which no time series reads.
     network.encoder.embed_tokens = None
-    return without_dropout(cast(nn.Module, network))
+    return without_dropout(network)

@@ -14,17 +14,17 @@ from fedcast.data.windows import Batch
 from fedcast.models.base import QUANTILES
 from fedcast.models.contract import Encoding
 from fedcast.models.files import CONFIG
+from fedcast.models.layers import scaled_target
 from fedcast.models.published.base import Library, read_json
-from fedcast.models.published.decoder import PatchDecoder, in_patches, interpolated, scaled_target
-from fedcast.models.published.point import load_weights
-from fedcast.models.published.pretrained import drawn, write_network
-from fedcast.models.published.timer import CONTEXT, SKTIME, TRANSFORMERS, decoded, shape_of
+from fedcast.models.published.patches import QuantileModel, in_patches, interpolated
+from fedcast.models.published.pretrained import draw_network, load_weights, write_network
+from fedcast.models.published.timer import CONTEXT, SKTIME, decoded, shape_of
 
 SAMPLES = 100
 """Sample paths that quantiles are taken from."""
 
 
-class Sundial(PatchDecoder):
+class Sundial(QuantileModel):
     """Sundial behind fedcast's contract.
 
     Sources: Liu et al., *Sundial: A Family of Highly Capable Time Series Foundation Models*, ICML 2025; the authors' network as it
@@ -45,8 +45,6 @@ class Sundial(PatchDecoder):
     lora_targets: ClassVar[tuple[str, ...]] = ("q_proj", "v_proj")
     quantiles: ClassVar[str] = "sampled"
 
-    network: Any
-
     @classmethod
     def recognises(cls, config: Mapping[str, Any]) -> bool:
         """Return whether a ``config.json`` is of Sundial."""
@@ -55,32 +53,25 @@ class Sundial(PatchDecoder):
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Read a checkpoint of the authors."""
-        model = cls._drawn(read_json(folder / CONFIG), 0)
+        model = cls.drawn(read_json(folder / CONFIG), 0)
         load_weights(model.network, folder)
         return model
 
     @classmethod
-    def tiny(cls, seed: int) -> Self:
-        """Return a model of 16,000 parameters: 16 steps a patch, 32 steps a pass."""
+    def tiny_settings(cls) -> Any:
+        """Return those of a model of 16,000 parameters: 16 steps a patch, 32 steps a pass."""
         shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
         head = {"flow_loss_depth": 1, "num_sampling_steps": 4, "diffusion_batch_mul": 4}
-        return cls._drawn(
-            {**shape, **head, "input_token_len": 16, "output_token_lens": [32], "max_position_embeddings": CONTEXT, "dropout_rate": 0.1},
-            seed,
-        )
+        lengths = {"input_token_len": 16, "output_token_lens": [32], "max_position_embeddings": CONTEXT}
+        return {**shape, **head, **lengths, "dropout_rate": 0.1}
 
     @classmethod
-    def _drawn(cls, settings: Mapping[str, Any], seed: int) -> Self:
-        for library in (SKTIME, TRANSFORMERS):
-            library.require(cls.family)
+    def drawn(cls, settings: Mapping[str, Any], seed: int) -> Self:
+        """Return a model with the keys of a ``config.json``."""
         from sktime.libs.sundial import SundialConfig, SundialForPrediction
 
-        network: Any = drawn(SundialForPrediction, SundialConfig.from_dict(dict(settings)), seed)
-        return cls(network, shape_of(network, cls.family))
-
-    def fresh(self, seed: int) -> Self:
-        """Return a model of the same shape with newly drawn weights."""
-        return self._drawn(self.network.config.to_dict(), seed)
+        network: Any = draw_network(SundialForPrediction, SundialConfig.from_dict(dict(settings)), seed)
+        return cls(network, shape_of(network, cls.family), settings)
 
     def write(self, folder: Path) -> None:
         """Write ``model.safetensors`` and ``config.json`` as the authors' class reads them."""
@@ -97,7 +88,7 @@ class Sundial(PatchDecoder):
 
     def embed(self, context: Tensor, mask: Tensor) -> Tensor:
         """Return one feature a patch [B, N, d], float32; nothing is forecast."""
-        values, mask, _, _ = self.patched(torch.where(context.isfinite(), context, 0.0), mask & context.isfinite())
+        values, mask, _, _ = self.patched(context, mask)
         return self.features(values, mask).float()
 
     def one_pass(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,9 +110,11 @@ class Sundial(PatchDecoder):
         values, mask, loc, scale = self.patched(batch.context, batch.mask)
         features = self.features(values, mask)
         short, draws = self.config.horizon - batch.target.shape[1], self.network.config.diffusion_batch_mul
+        # a missing target would reach the others through the head
+        goal = torch.where(batch.target_mask, scaled_target(batch.target, loc, scale), 0.0)
         target, seen, state = (
             part.to(features.dtype).repeat(draws, 1)
-            for part in (F.pad(scaled_target(batch, loc, scale), (0, short)), F.pad(batch.target_mask, (0, short)), features[:, -1])
+            for part in (F.pad(goal, (0, short)), F.pad(batch.target_mask, (0, short)), features[:, -1])
         )
         drawing = generator()
         noise = torch.randn(target.shape, generator=drawing).to(target)

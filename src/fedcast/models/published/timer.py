@@ -9,20 +9,17 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from fedcast.models.base import QUANTILES
 from fedcast.models.files import CONFIG
 from fedcast.models.published.base import Library, PublishedConfig, read_json
-from fedcast.models.published.decoder import MEDIAN, PatchDecoder, in_patches, interpolated
-from fedcast.models.published.point import load_weights
-from fedcast.models.published.pretrained import drawn, write_network
+from fedcast.models.published.patches import PointModel, in_patches, interpolated
+from fedcast.models.published.pretrained import draw_network, load_weights, write_network
 
-TRANSFORMERS = Library("transformers", "transformers", "pip install 'transformers>=5.23'")
-SKTIME = Library("sktime", "sktime", "pip install 'sktime>=1.2' 'transformers>=5.23'")
+SKTIME = Library("sktime", "sktime", "pip install 'sktime>=1.2' 'transformers>=5.23'", needs=("transformers",))
 CONTEXT = 2880
 """Steps of context that both models were trained with; their configuration does not say it."""
 
 
-class Timer(PatchDecoder):
+class Timer(PointModel):
     """Timer behind fedcast's contract: the univariate checkpoint of Timer-XL.
 
     Sources: Liu et al., *Timer: Generative Pre-trained Transformers Are Large Time Series Models*, ICML 2024, and *Timer-XL*, ICLR
@@ -43,9 +40,6 @@ class Timer(PatchDecoder):
     licence: ClassVar[str] = "code Apache-2.0 (sktime: BSD-3-Clause), weights Apache-2.0"
     heads: ClassVar[tuple[str, ...]] = ("lm_heads.",)
     lora_targets: ClassVar[tuple[str, ...]] = ("q_proj", "v_proj")
-    quantiles: ClassVar[str] = "none"
-
-    network: Any
 
     @classmethod
     def recognises(cls, config: Mapping[str, Any]) -> bool:
@@ -55,43 +49,33 @@ class Timer(PatchDecoder):
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Read a checkpoint of the authors."""
-        model = cls._drawn(read_json(folder / CONFIG), 0)
+        model = cls.drawn(read_json(folder / CONFIG), 0)
         load_weights(model.network, folder)
         return model
 
     @classmethod
-    def tiny(cls, seed: int) -> Self:
-        """Return a model of 6,000 parameters: 8 steps a patch and a pass."""
+    def tiny_settings(cls) -> Any:
+        """Return those of a model of 6,000 parameters: 8 steps a patch and a pass."""
         shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-        return cls._drawn({**shape, "input_token_len": 8, "output_token_lens": [8], "max_position_embeddings": CONTEXT}, seed)
+        return {**shape, "input_token_len": 8, "output_token_lens": [8], "max_position_embeddings": CONTEXT}
 
     @classmethod
-    def _drawn(cls, settings: Mapping[str, Any], seed: int) -> Self:
-        for library in (SKTIME, TRANSFORMERS):
-            library.require(cls.family)
+    def drawn(cls, settings: Mapping[str, Any], seed: int) -> Self:
+        """Return a model with the keys of a ``config.json``."""
         from sktime.libs.timer import TimerConfig, TimerForPrediction
 
-        network: Any = drawn(TimerForPrediction, TimerConfig.from_dict(dict(settings)), seed)
-        return cls(network, shape_of(network, cls.family))
-
-    def fresh(self, seed: int) -> Self:
-        """Return a model of the same shape with newly drawn weights."""
-        return self._drawn(self.network.config.to_dict(), seed)
+        network: Any = draw_network(TimerForPrediction, TimerConfig.from_dict(dict(settings)), seed)
+        return cls(network, shape_of(network, cls.family), settings)
 
     def write(self, folder: Path) -> None:
         """Write ``model.safetensors`` and ``config.json`` as the authors' class reads them."""
         write_network(self.network, folder)
 
     def one_pass(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the point forecast at each of nine levels, and one feature a patch."""
+        """Return the points of a pass, and one feature a patch."""
         tokens = in_patches(interpolated(values, mask), self.config.patch)
         features = decoded(self.network.model, self.network.model.embed_layer.emb(tokens), self.observed(mask))
-        point = self.network.lm_heads[-1](features[:, -1])
-        return point[..., None].expand(-1, -1, len(QUANTILES)), features
-
-    def error(self, quantiles: Tensor, target: Tensor) -> Tensor:
-        """Return the squared error of each step."""
-        return (quantiles[..., MEDIAN] - target).square()
+        return self.network.lm_heads[-1](features[:, -1]), features
 
 
 def shape_of(network: Any, family: str) -> PublishedConfig:

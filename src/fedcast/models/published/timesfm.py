@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from fedcast.models.base import QUANTILES, Forecast
+from fedcast.models.base import QUANTILES, Forecast, Output
 from fedcast.models.published.base import Library, PublishedConfig
-from fedcast.models.published.decoder import MEDIAN, PatchDecoder, check_nine, interpolated, pinball
-from fedcast.models.published.pretrained import drawn, read_network, write_network
+from fedcast.models.published.patches import MEDIAN, QuantileModel, check_nine, interpolated, pinball
+from fedcast.models.published.pretrained import TransformersModel
 
 _OTHERS = [index for index in range(len(QUANTILES)) if index != MEDIAN]
 
 
-class TimesFM(PatchDecoder):
+class TimesFM(QuantileModel, TransformersModel):
     """TimesFM 2.5 behind fedcast's contract.
 
     Sources: Das et al., *A decoder-only foundation model for time-series forecasting*, ICML 2024, and transformers' ``timesfm2_5``.
@@ -39,27 +38,24 @@ class TimesFM(PatchDecoder):
     heads: ClassVar[tuple[str, ...]] = ("output_projection_point.", "output_projection_quantiles.")
     lora_targets: ClassVar[tuple[str, ...]] = ("q_proj", "v_proj")
 
-    network: Any
-
     @classmethod
     def recognises(cls, config: Mapping[str, Any]) -> bool:
         """Return whether a ``config.json`` is of TimesFM 2.5 in transformers."""
         return config.get("model_type") == "timesfm2_5"
 
     @classmethod
-    def read(cls, folder: Path) -> Self:
-        """Read a checkpoint of transformers."""
+    def network_class(cls) -> Any:
+        """Return ``TimesFm2_5ModelForPrediction``."""
         from transformers import TimesFm2_5ModelForPrediction
 
-        return cls._around(read_network(TimesFm2_5ModelForPrediction, folder))
+        return TimesFm2_5ModelForPrediction
 
     @classmethod
-    def tiny(cls, seed: int) -> Self:
-        """Return a model of 15,000 parameters: context 64, 16 steps a pass."""
-        cls.library.require(cls.family)
-        from transformers import TimesFm2_5Config, TimesFm2_5ModelForPrediction
+    def tiny_settings(cls) -> Any:
+        """Return the configuration of a model of 15,000 parameters: context 64, 16 steps a pass."""
+        from transformers import TimesFm2_5Config
 
-        config = TimesFm2_5Config(
+        return TimesFm2_5Config(
             patch_length=8,
             context_length=64,
             horizon_length=16,
@@ -71,26 +67,16 @@ class TimesFM(PatchDecoder):
             num_key_value_heads=2,
             head_dim=8,
         )
-        return cls._around(drawn(TimesFm2_5ModelForPrediction, config, seed))
 
     @classmethod
-    def _around(cls, network: Any) -> Self:
+    def around(cls, network: Any) -> Self:
+        """Return the model that a ``TimesFm2_5ModelForPrediction`` computes."""
         config = network.config
         check_nine(config.quantiles)
         for layer in network.model.layers:
             layer.self_attn.attention_dropout = 0.0
-        return cls(
-            network,
-            PublishedConfig(cls.family, config.context_length, config.horizon_length, config.patch_length, config.hidden_size),
-        )
-
-    def fresh(self, seed: int) -> Self:
-        """Return a model of the same shape with newly drawn weights."""
-        return self._around(drawn(type(self.network), self.network.config, seed))
-
-    def write(self, folder: Path) -> None:
-        """Write ``model.safetensors`` and ``config.json`` as transformers reads them."""
-        write_network(self.network, folder)
+        shape = PublishedConfig(cls.family, config.context_length, config.horizon_length, config.patch_length, config.hidden_size)
+        return cls(network, shape, config)
 
     def one_pass(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return the nine quantiles of a pass, and one feature a patch."""
@@ -100,10 +86,10 @@ class TimesFM(PatchDecoder):
         output = self.network(past_values=series, forecast_context_len=values.shape[1], truncate_negative=False)
         return output.full_predictions[..., 1:], output.last_hidden_state
 
-    def error(self, quantiles: Tensor, target: Tensor) -> Tensor:
+    def error(self, output: Output, target: Tensor) -> Tensor:
         """Return the squared error of the median plus the mean pinball loss of the other quantiles, for each step."""
-        others = pinball(quantiles[..., _OTHERS], target, [QUANTILES[index] for index in _OTHERS])
-        return (quantiles[..., MEDIAN] - target).square() + others
+        others = pinball(output.quantiles[..., _OTHERS], target, [QUANTILES[index] for index in _OTHERS])
+        return (output.quantiles[..., MEDIAN] - target).square() + others
 
     def forecast(self, context: Tensor, mask: Tensor, horizon: int) -> Forecast:
         """Forecast in data units; the point is the median, and a series without negative values gets no forecast below 0."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,10 +17,10 @@ from fedcast.data.windows import Batch
 from fedcast.models.base import QUANTILES
 from fedcast.models.contract import Encoding
 from fedcast.models.files import CONFIG, WEIGHTS, check_tensors, read_weights
-from fedcast.models.published.base import Library, PublishedConfig, read_json
-from fedcast.models.published.decoder import PatchDecoder, observed_mean, scaled_target
-from fedcast.models.published.point import save_weights
-from fedcast.models.published.pretrained import without_dropout
+from fedcast.models.layers import observed_mean, scaled_target
+from fedcast.models.published.base import Library, PublishedConfig, read_json, write_json
+from fedcast.models.published.patches import QuantileModel
+from fedcast.models.published.pretrained import save_weights, without_dropout
 from fedcast.models.seeding import seeded
 
 CONTEXT_PATCHES = 64
@@ -31,7 +30,7 @@ POINTS = 256
 _OWN = {"scaler_cls", "output_distribution_classes", "spacewise_every_n_layers", "embed_dim"}
 
 
-class Toto(PatchDecoder):
+class Toto(QuantileModel):
     """Toto 1.0 behind fedcast's contract.
 
     Sources: Cohen et al., *This Time is Different: An Observability Perspective on Time Series Foundation Models*, arXiv 2505.14766,
@@ -57,9 +56,6 @@ class Toto(PatchDecoder):
     lora_targets: ClassVar[tuple[str, ...]] = ("wQKV", "wO")
     quantiles: ClassVar[str] = "sampled"
 
-    network: Any
-    settings: dict[str, Any]
-
     @classmethod
     def recognises(cls, config: Mapping[str, Any]) -> bool:
         """Return whether a ``config.json`` has the settings of Toto 1.0."""
@@ -68,7 +64,7 @@ class Toto(PatchDecoder):
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Read a checkpoint of the authors."""
-        model = cls._drawn(read_json(folder / CONFIG), 0)
+        model = cls.drawn(read_json(folder / CONFIG), 0)
         from toto.model.transformer import XFORMERS_SWIGLU_AVAILABLE
 
         state = model.network._map_state_dict_keys(read_weights(folder / WEIGHTS), XFORMERS_SWIGLU_AVAILABLE)
@@ -78,10 +74,9 @@ class Toto(PatchDecoder):
         return model
 
     @classmethod
-    def tiny(cls, seed: int) -> Self:
-        """Return a model of 6,000 parameters: 8 steps a patch and a pass, context 512."""
-        cls.library.require(cls.family)
-        settings = {
+    def tiny_settings(cls) -> Any:
+        """Return those of a model of 6,000 parameters: 8 steps a patch and a pass, context 512."""
+        return {
             "patch_size": 8,
             "stride": 8,
             "embed_dim": 16,
@@ -95,10 +90,10 @@ class Toto(PatchDecoder):
             "output_distribution_classes": ["<class 'model.distribution.MixtureOfStudentTsOutput'>"],
             "output_distribution_kwargs": {"k_components": 2},
         }
-        return cls._drawn(settings, seed)
 
     @classmethod
-    def _drawn(cls, settings: Mapping[str, Any], seed: int) -> Self:
+    def drawn(cls, settings: Mapping[str, Any], seed: int) -> Self:
+        """Return a model with the keys of a ``config.json``."""
         # The library says at every import that xFormers, which it can do without, is not there.
         warnings.filterwarnings("ignore", message="xFormers", category=ImportWarning)
         from toto.model.toto import Toto as Network
@@ -109,18 +104,12 @@ class Toto(PatchDecoder):
         rotary = network.model.transformer.rotary_emb
         rotary.apply_rotary_emb = rotary.apply_rotary_emb.__func__
         patch = settings["patch_size"]
-        model = cls(network, PublishedConfig(cls.family, CONTEXT_PATCHES * patch, patch, patch, settings["embed_dim"]))
-        model.settings = dict(settings)
-        return model
-
-    def fresh(self, seed: int) -> Self:
-        """Return a model of the same shape with newly drawn weights."""
-        return self._drawn(self.settings, seed)
+        return cls(network, PublishedConfig(cls.family, CONTEXT_PATCHES * patch, patch, patch, settings["embed_dim"]), settings)
 
     def write(self, folder: Path) -> None:
         """Write ``model.safetensors`` and ``config.json`` as ``Toto.load_from_checkpoint`` reads them."""
         save_weights(self.network.state_dict(), folder)
-        (folder / CONFIG).write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / CONFIG, self.settings)
 
     def distribution(self, values: Tensor, mask: Tensor) -> tuple[Any, Tensor, Tensor, Tensor]:
         """Return the mixture of each step of the next patch, its loc and scale [B, 1], and one feature a patch [B, N, d]."""
@@ -134,7 +123,7 @@ class Toto(PatchDecoder):
 
     def embed(self, context: Tensor, mask: Tensor) -> Tensor:
         """Return one feature a patch [B, N, d], float32; nothing is forecast."""
-        values, mask, _, _ = self.patched(torch.where(context.isfinite(), context, 0.0), mask & context.isfinite())
+        values, mask, _, _ = self.patched(context, mask)
         return self.distribution(values, mask)[3].float()
 
     def one_pass(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,7 +140,7 @@ class Toto(PatchDecoder):
         values, mask, mean, deviation = self.patched(batch.context, batch.mask)
         mixture, loc, scale, features = self.distribution(values, mask)
         short = self.config.horizon - batch.target.shape[1]
-        target = F.pad(scaled_target(batch, mean, deviation), (0, short)).to(features.dtype)
+        target = F.pad(scaled_target(batch.target, mean, deviation), (0, short)).to(features.dtype)
         losses = CombinedLoss()(mixture, (target - loc) / (scale + torch.finfo(scale.dtype).eps))
         return observed_mean(losses.float(), F.pad(batch.target_mask, (0, short))), Encoding(features.float(), self.observed(mask))
 

@@ -6,17 +6,18 @@ import copy
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedcast.errors import CheckpointError
+from fedcast.models.base import Output
 from fedcast.models.files import CONFIG
 from fedcast.models.published.base import Library, PublishedConfig, read_json
-from fedcast.models.published.point import PointModel, load_weights, save_weights
-from fedcast.models.published.pretrained import without_dropout
+from fedcast.models.published.patches import PointModel
+from fedcast.models.published.pretrained import load_weights, save_weights, without_dropout
 from fedcast.models.seeding import seeded
 
 _ARCHITECTURE = "TinyTimeMixerForPrediction"
@@ -56,12 +57,12 @@ class TTM(PointModel):
         "granite-tsfm",
         "tsfm_public",
         "pip install --no-deps granite-tsfm==0.3.11 && pip install 'transformers>=4.57.6,<6' datasets deprecated einops scikit-learn",
-        beside=True,
     )
     hub: ClassVar[tuple[str, ...]] = ("ibm-granite/granite-timeseries-ttm-r2", "ibm-granite/granite-timeseries-ttm-r1")
     licence: ClassVar[str] = "code and weights Apache-2.0"
     heads: ClassVar[tuple[str, ...]] = ("head.",)
     lora_targets: ClassVar[tuple[str, ...]] = ("fc1", "fc2", "attn_layer")
+    fixed: ClassVar[bool] = True
 
     @classmethod
     def recognises(cls, config: Mapping[str, Any]) -> bool:
@@ -87,38 +88,35 @@ class TTM(PointModel):
         if keys.get("loss", "mse") not in _LOSSES:
             raise CheckpointError(f"{folder} has the loss {keys['loss']!r}", hint=f"set loss in {CONFIG} to one of {', '.join(_LOSSES)}")
         alone = {"num_input_channels": 1, "prediction_channel_indices": None, "exogenous_channel_indices": None, "light_mode": False}
-        network = _build({**keys, **alone}, 0)
-        load_weights(network, folder)
-        return cls._of(network)
+        model = cls.drawn({**keys, **alone}, 0)
+        load_weights(model.network, folder)
+        return model
 
     @classmethod
-    def _of(cls, network: nn.Module) -> Self:
-        keys = cast(Any, network.config)
+    def drawn(cls, settings: Mapping[str, Any], seed: int) -> Self:
+        """Return a model with the keys of a ``config.json``."""
+        network = _build(settings, seed)
+        keys = network.config
         horizon = keys.prediction_filter_length or keys.prediction_length
-        return cls(network, PublishedConfig(cls.family, keys.context_length, horizon, keys.patch_length, keys.d_model))
+        return cls(network, PublishedConfig(cls.family, keys.context_length, horizon, keys.patch_length, keys.d_model), settings)
 
     @classmethod
-    def tiny(cls, seed: int) -> Self:
-        """Return a model of 4 patches of 8 steps and 3,000 weights."""
+    def tiny_settings(cls) -> Any:
+        """Return those of a model of 4 patches of 8 steps and 3,000 weights."""
         sizes = {"context_length": 32, "prediction_length": 8, "patch_length": 8, "patch_stride": 8, "d_model": 16, "num_layers": 1}
         decoder = {"decoder_num_layers": 1, "decoder_d_model": 8, "expansion_factor": 2, "loss": "mse", "scaling": "std"}
-        return cls._of(_build({**sizes, **decoder, "num_input_channels": 1}, seed))
-
-    def fresh(self, seed: int) -> Self:
-        """Return a model of the same shape with newly drawn weights."""
-        keys = cast(Any, self.network.config).to_dict()
-        return self._of(_build(keys, seed))
+        return {**sizes, **decoder, "num_input_channels": 1}
 
     def write(self, folder: Path) -> None:
         """Write ``config.json`` and ``model.safetensors``, which ``from_pretrained`` of the library reads."""
-        keys = cast(Any, self.network.config)
+        keys = self.network.config
         keys.architectures = [_ARCHITECTURE]
         keys.save_pretrained(folder)
         save_weights(self.network.state_dict(), folder)
 
     def one_pass(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the library's model; see :meth:`~fedcast.models.published.point.PointModel.one_pass`."""
-        keys = cast(Any, self.network.config)
+        """Run the library's model; see :meth:`~fedcast.models.published.patches.PatchModel.one_pass`."""
+        keys = self.network.config
         unknown = values.new_zeros(len(values), dtype=torch.long) if keys.resolution_prefix_tuning else None
         output = self.network(
             past_values=values.unsqueeze(-1),
@@ -130,9 +128,9 @@ class TTM(PointModel):
         patches = self.config.context // self.config.patch  # a frequency's token stands before them
         return output.prediction_outputs.squeeze(-1), output.backbone_hidden_state.squeeze(1)[:, -patches:]
 
-    def error(self, point: Tensor, target: Tensor) -> Tensor:
+    def error(self, output: Output, target: Tensor) -> Tensor:
         """Return the loss that the configuration names, step by step."""
-        keys = cast(Any, self.network.config)
+        keys, point = self.network.config, output.point
         if keys.loss == "mae":
             return F.l1_loss(point, target, reduction="none")
         if keys.loss == "huber":
@@ -140,10 +138,10 @@ class TTM(PointModel):
         if keys.loss == "pinball":
             difference = target - point
             return torch.maximum(keys.quantile * difference, (keys.quantile - 1) * difference)
-        return super().error(point, target)
+        return super().error(output, target)
 
 
-def _build(keys: Mapping[str, Any], seed: int) -> nn.Module:
+def _build(keys: Mapping[str, Any], seed: int) -> Any:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     try:

@@ -1,4 +1,4 @@
-"""Gaps, the pinball loss and the levels that adapters of patch decoders accept."""
+"""Gaps, the pinball loss and the levels that adapters of patch models accept."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from fedcast.errors import CheckpointError
 from fedcast.models.base import QUANTILES
-from fedcast.models.published.decoder import check_nine, in_patches, interpolated, observed_mean, pinball
+from fedcast.models.published.patches import check_nine, in_patches, interpolated, pinball
 
 
 def test_when_values_are_missing_then_gaps_are_filled_linearly_and_ends_by_the_nearest_value() -> None:
@@ -23,12 +23,6 @@ def test_when_a_target_lies_above_a_quantile_then_the_error_counts_with_its_leve
     quantiles = torch.tensor([[[0.0, 0.0]]])
     assert pinball(quantiles, torch.tensor([[2.0]]), [0.1, 0.9]).item() == pytest.approx((0.2 + 1.8) / 2)
     assert pinball(quantiles, torch.tensor([[-2.0]]), [0.1, 0.3]).item() == pytest.approx((1.8 + 1.4) / 2)
-
-
-def test_when_steps_are_missing_then_the_mean_is_over_the_others() -> None:
-    losses, mask = torch.tensor([[1.0, 5.0], [3.0, 7.0]]), torch.tensor([[True, False], [True, False]])
-    assert observed_mean(losses, mask).item() == 2.0
-    assert observed_mean(losses, torch.zeros_like(mask)).item() == 0.0
 
 
 def test_when_values_are_cut_then_patches_keep_their_order_even_without_rows() -> None:
