@@ -19,6 +19,7 @@ from fedcast.run.pretrain import Run
 from fedcast.spec import RunSpec
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "results"
 PAGE = HERE.parents[1] / "docs" / "finetuning-evidence.md"
 
 
@@ -56,7 +57,8 @@ def main() -> None:
         if arguments.rows:
             continue
         rows = tables.collect(runs)
-        rows.to_parquet(HERE / "results" / f"{name}.parquet")
+        RESULTS.mkdir(exist_ok=True)
+        rows.to_parquet(RESULTS / f"{name}.parquet")
         found = tables.of_study(name, rows, runs)
         write({**found, f"set-up-{name}": set_up(runs.values(), rows.code, len(list(seeds)))}, arguments.page)
 

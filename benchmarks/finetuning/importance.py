@@ -32,6 +32,7 @@ from fedcast.training.backend import Backend
 from fedcast.training.gates import draw_masks, gated, importances, leave_one_out, set_mask
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "results"
 PAGE = HERE.parents[1] / "docs" / "finetuning-evidence.md"
 SETS = ("etth1", "etth2", "ettm2", "weather", "exchange")
 DRAWS = (1, 4, 8, 16)
@@ -134,7 +135,8 @@ def main() -> None:
             found += correlations(base, name, seed, arguments.rounds, arguments.steps)
             print(name, seed, flush=True)
     rows = pd.DataFrame(found)
-    rows.to_parquet(HERE / "results" / "importance.parquet")
+    RESULTS.mkdir(exist_ok=True)
+    rows.to_parquet(RESULTS / "importance.parquet")
     write({"importance": table(rows)}, arguments.page)
 
 

@@ -140,7 +140,7 @@ TRACE = {
 STUDIES: dict[str, Study] = {
     "subjects": Study(bases.bolt, _medical("subjects"), {**ROWS, **RELEASED}, "fedcast"),
     "sites": Study(bases.bolt, _medical("sites"), ROWS, "fedcast"),
-    "modality": Study(bases.bolt, _medical("modality"), {**ROWS, **_cures("*icg*", "client_20*")}, "fedcast"),
+    "modality": Study(bases.bolt, _medical("modality"), {**ROWS, **_cures("client_20*")}, "fedcast"),
     "real": Study(bases.bolt, _medical("real"), {**ROWS, **dict(list(_cures("icg_*").items())[:2])}, "fedcast"),
     "heartgpt": Study(
         lambda _: bases.published("heartgpt/ECGPT_560k_iters.safetensors"),
