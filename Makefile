@@ -20,8 +20,8 @@ demo: $(READY) ## Train on the bundled domains, print the table, write report.ht
 short-demo: $(READY) ## The same in a short form, as a check
 	$(BIN)/fedcast pretrain examples/short-demo.toml -o $(RUNS)/short-demo
 
-test: $(READY_DEV) ## Run the tests but the slow ones
-	$(BIN)/python -m pytest -q -m "not slow"
+test: $(READY_DEV) ## Run the tests but the slow ones, on all cores
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow"
 
 test-slow: $(READY_DEV) ## Run the slow tests
 	$(BIN)/python -m pytest -q -m slow

@@ -14,6 +14,12 @@ settings.register_profile("fedcast", deadline=None, derandomize=True, print_blob
 settings.load_profile("fedcast")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Leave the cores to the workers of pytest-xdist, which inherit this: each computes in one thread."""
+    if config.getoption("numprocesses", default=None):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the checkout."""
@@ -45,7 +51,9 @@ def kernels_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("this processor has no AVX-512 with bfloat16 products")
     if library.compiler() is None:
         pytest.skip("there is no C++ compiler")
-    cache = tmp_path_factory.mktemp("cache")
+    base = tmp_path_factory.getbasetemp()
+    # The workers of pytest-xdist share the folder above their own. Two may compile at once: the file is put in place whole.
+    cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels-cache"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDCAST_CACHE", str(cache))
         library.build()

@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 from functools import cache
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import fedcast.models.published  # noqa: F401 - registers the adapters
-from fedcast.data.windows import Batch, Windows
+from fedcast.data.windows import Batch
 from fedcast.models.base import ModelConfig
 from fedcast.models.contract import Model, OwnLossModel
 from fedcast.models.patch import PatchTransformer
 from fedcast.models.published.base import FAMILIES
 from fedcast.tasks.forecast import ForecastTask
+from tests.batches import batch_of
 
 ROWS, CONTEXT, HORIZON = 4, 32, 8
 MODELS = ("native", "chronos-bolt", "ttm")
@@ -42,16 +42,7 @@ def windows(seed: int = 0) -> Batch:
     steps = torch.arange(CONTEXT + HORIZON)
     values = 5 + torch.sin(steps / torch.tensor([[2.0], [3.0], [4.0], [5.0]])) + 0.1 * torch.randn(ROWS, len(steps), generator=generator)
     mask = torch.rand(ROWS, CONTEXT, generator=generator) > 0.1
-    labels = torch.zeros(ROWS, dtype=torch.int64)
-    return Batch(
-        context=torch.where(mask, values[:, :CONTEXT], 0.0),
-        mask=mask,
-        target=values[:, CONTEXT:],
-        target_mask=torch.ones(ROWS, HORIZON, dtype=torch.bool),
-        windows=Windows(np.zeros(ROWS, np.int64), np.zeros(ROWS, np.int64)),
-        dataset=labels,
-        domain=labels,
-    )
+    return batch_of(values, CONTEXT, torch.cat((mask, torch.ones(ROWS, HORIZON, dtype=torch.bool)), dim=1))
 
 
 def loss_of(model: Model, batch: Batch) -> Tensor:

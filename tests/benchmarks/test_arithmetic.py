@@ -19,6 +19,7 @@ def test_when_sampling_is_timed_then_every_part_takes_time(tmp_path: Path, capsy
     assert "| nano |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_when_precisions_are_compared_then_float32_differs_from_itself_by_nothing(tmp_path: Path) -> None:
     again = ["--also", "again", "training.precision=float32", "training.products=default"]
     precision.main(["--quick", "--settings", "float32", "bfloat16", *again, "--output", str(tmp_path / "out.json")])

@@ -25,6 +25,7 @@ def test_when_growth_is_measured_quickly_then_every_quantity_of_every_study_has_
     assert "Above linear:" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_when_a_point_is_measured_apart_then_it_has_the_quantities_of_one_measured_here() -> None:
     apart = growth.measured("series", 100, 1, apart=True)
 

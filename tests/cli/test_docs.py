@@ -1,18 +1,19 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import fedcast
 from fedcast import errors
-from fedcast.methods.base import method_names
+from fedcast.methods.base import METHODS
 from fedcast.tuning.base import TUNINGS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,12 +24,11 @@ TRAINING = ("pretrain", "finetune")
 # What a page trains, in seconds instead of minutes; a page's own flags stand before these and are not repeated in them.
 SMALL = {
     "training.batch_size": "4",
-    "federation.local_steps": "2",
+    "federation.local_steps": "1",
     "evaluation.windows": "4",
     "evaluation.validation_windows": "4",
     "evaluation.baselines": "['seasonal_naive']",
 }
-PYTHON_SMALL = "import fedcast; _p = fedcast.pretrain; fedcast.pretrain = lambda s, **k: _p(s, **k, overrides={overrides!r})\n"
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,14 @@ def overrides(rounds: int, given: str = "") -> list[str]:
 def small(words: list[str]) -> list[str]:
     if words[0] not in TRAINING or "--help" in words:
         return words
-    return [*words, *(word for override in overrides(2, given=" ".join(words)) for word in ("--set", override))]
+    return [*words, *(word for override in overrides(3, given=" ".join(words)) for word in ("--set", override))]
 
 
-def run_python(text: str, folder: Path) -> None:
-    code = PYTHON_SMALL.format(overrides=overrides(1)) + text
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+def run_python(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fedcast, "pretrain", partial(fedcast.pretrain, overrides=overrides(1)))
+    script = folder / "block.py"
+    script.write_text(text, encoding="utf-8")
+    runpy.run_path(str(script), run_name="__main__")
 
 
 RUNNABLE = [pytest.param(page, id=page.name) for page in PAGES if blocks_of(page)]
@@ -85,7 +86,7 @@ def test_when_a_page_shows_commands_then_they_run(
             pytest.importorskip(library)
     for block in blocks_of(page):
         if block.language == "python":
-            run_python(block.text, tmp_path)
+            run_python(block.text, tmp_path, monkeypatch)
             continue
         for words in commands(block.text):
             answer = fedcast(*small(words))
@@ -116,7 +117,7 @@ def test_when_an_error_exists_then_the_docs_have_its_exit_code() -> None:
 
 def test_when_a_method_is_registered_then_the_readme_has_a_row_for_it() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert sorted(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == method_names()
+    assert sorted(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == sorted(METHODS)
 
 
 def test_when_a_tuning_is_registered_then_the_page_on_fine_tuning_has_a_row_for_it() -> None:

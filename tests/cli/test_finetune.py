@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedcast.federated.rounds import Silent
 from fedcast.methods.base import build_method
 from fedcast.models.base import ModelConfig
 from fedcast.models.checkpoints import load_checkpoint
 from fedcast.models.patch import PatchTransformer
 from fedcast.models.published.base import Library
 from fedcast.models.published.chronos_bolt import ChronosBolt
+from fedcast.report import console
 from fedcast.spec import load_spec
 from fedcast.tuning.base import TUNINGS, build_tuning
 
 COLUMNS = ("--time", "date", "--id", "shop", "--target", "sales")
 SMALL = (
-    *("--federation.rounds", "2", "--federation.local_steps", "2", "--training.batch_size", "4", "--data.domains", "north,south"),
+    *("--federation.rounds", "1", "--federation.local_steps", "1", "--training.batch_size", "4", "--data.domains", "north,south"),
     *("--evaluation.windows", "4", "--evaluation.validation_windows", "4", "--data.held_out", "west"),
 )
 Call = Callable[..., Any]
@@ -51,17 +53,15 @@ def test_when_a_spec_is_started_from_a_checkpoint_then_it_fits_model_and_data(fe
 def test_when_a_checkpoint_is_fine_tuned_then_runs_compare_and_their_loss_is_drawn(fedcast: Call, spec: Path, tmp_path: Path) -> None:
     document = fedcast("finetune", spec, "-o", tmp_path / "full", "--name", "full", *SMALL, "--json").json()
     assert set(document) == {"run", "final", "best", "report", "results"}
-    words = ("--tuning.name", "sff", "--tuning.alpha", "validation", "--name", "sff", "-o", tmp_path / "sff")
+    words = ("--tuning.name", "head", "--name", "head", "-o", tmp_path / "head")
     assert fedcast("finetune", spec, *words, *SMALL).code == 0
-    tried = json.loads((tmp_path / "sff" / "candidates.json").read_text(encoding="utf-8"))
-    assert [each["tuning"]["alpha"] for each in tried] == [0.3, 0.5, 0.7, 0.9]
     assert fedcast("finetune", spec, *words, *SMALL).code == 0  # it is finished, and says so again
-    rows = fedcast("compare", tmp_path / "full", tmp_path / "sff", "--json").json()
-    assert {row["model"] for row in rows} == {"full", "sff", "seasonal_naive"}
-    assert {row["tuning"] for row in rows} == {"full", "sff"}
+    rows = fedcast("compare", tmp_path / "full", tmp_path / "head", "--json").json()
+    assert {row["model"] for row in rows} == {"full", "head", "seasonal_naive"}
+    assert {row["tuning"] for row in rows} == {"full", "head"}
 
     page = tmp_path / "land.html"
-    answer = fedcast("landscape", tmp_path / "full", tmp_path / "sff", "--html", page, "--grid", "3", "--windows", "4")
+    answer = fedcast("landscape", tmp_path / "full", tmp_path / "head", "--html", page, "--grid", "3", "--windows", "4")
     assert (answer.code, answer.err) == (0, "")
     assert answer.out.splitlines()[-1] == f"wrote {page}"
     assert page.stat().st_size > 10_000
@@ -80,9 +80,27 @@ def test_when_runs_have_different_windows_then_no_landscape_is_drawn(fedcast: Ca
     assert fedcast("landscape", tmp_path / "a", "--domain", "wset").code == 11
 
 
-def test_when_a_search_was_stopped_then_its_folder_is_taken(fedcast: Call, spec: Path, tmp_path: Path) -> None:
-    (tmp_path / "run" / "candidates").mkdir(parents=True)
-    assert fedcast("finetune", spec, *SMALL, "-o", tmp_path / "run", "--method.name", "zero_shot").code == 0
+class Stopped(Silent):
+    """Presses Ctrl-C when a search comes to its second candidate."""
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        if row["kind"] == "candidate" and "0.5" in row["label"]:
+            raise KeyboardInterrupt
+
+
+def test_when_a_search_was_stopped_then_it_goes_on_where_it_was(
+    fedcast: Call, spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("finetune", spec, "--tuning.name", "sff", "--tuning.alpha", "validation", *SMALL)
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(console, "ProgressObserver", Stopped)
+        assert fedcast(*words, "-o", run).code == 130
+    (first,) = (run / "candidates").iterdir()
+    written = (first / "metrics.jsonl").stat().st_mtime_ns
+    assert fedcast(*words, "-o", run).code == 0
+    assert len(json.loads((run / "candidates.json").read_text(encoding="utf-8"))) == 4
+    assert (first / "metrics.jsonl").stat().st_mtime_ns == written
 
 
 def test_when_verb_and_checkpoint_do_not_fit_then_the_other_verb_is_named(fedcast: Call, spec: Path, tmp_path: Path) -> None:

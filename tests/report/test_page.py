@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from markupsafe import escape
-from tests.report.conftest import SPEC
+from tests.report.conftest import SPEC, TRAINING
 
 from fedcast.errors import RunError
 from fedcast.report.page import write_report
@@ -234,16 +234,21 @@ CLICKS = """<script>addEventListener("load", async () => {
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
-def test_when_a_browser_opens_the_page_then_every_figure_is_drawn_and_every_control_works(make_run: MakeRun, tmp_path: Path) -> None:
-    file = write_report(make_run())
+@pytest.mark.parametrize("dark", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["light", "dark"])
+def test_when_a_browser_opens_the_page_then_every_figure_is_drawn_every_control_works_and_no_name_is_run(
+    dark: bool, make_run: MakeRun, tmp_path: Path
+) -> None:
+    file = write_report(make_run(training=(HOSTILE, "<b>bold</b>", *TRAINING[2:])))
     clicked = tmp_path / "clicked.html"
     clicked.write_text(file.read_text(encoding="utf-8").replace("</body>", CLICKS), encoding="utf-8")
-    document, messages = dump_dom(clicked, tmp_path / "profile")
+    document, messages = dump_dom(clicked, tmp_path / "profile", dark=dark)
     elements = _Elements(document)
     assert elements.count("plot") > 20
     assert elements.count("js-plotly-plot") == elements.count("plot")
     assert elements.count("failed") == 0
     assert "CONSOLE" not in messages
+    assert "<title>demo" in document
+    assert not [a for tag, a in elements.elements if tag == "a" and not (a.get("href") or a.get("xlink:href") or "").startswith("#")]
     found = re.search(r'<output id="log">(.*?)</output>', document, re.DOTALL)
     assert found is not None
     log = json.loads(html.unescape(found.group(1)))
@@ -253,17 +258,6 @@ def test_when_a_browser_opens_the_page_then_every_figure_is_drawn_and_every_cont
     assert log["series"] == "hospital-2"
     assert log["hidden"] == [True]
     assert log["theme"] == "dark"
-    assert log["auto"] == log["print"] != log["dark"] == log["screen"]
+    assert log["print"] != log["dark"] == log["screen"]
+    assert log["auto"] == log["dark" if dark else "print"]
     assert 600 < log["printWidth"] < 720
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
-def test_when_names_are_hostile_then_the_browser_runs_none_of_them(make_run: MakeRun, tmp_path: Path) -> None:
-    run = make_run(training=(HOSTILE, "<b>bold</b>"), held_out=(), rounds=2, models=("fedtrl", "seasonal_naive"))
-    document, messages = dump_dom(write_report(run), tmp_path / "profile", dark=True)
-    assert "<title>demo" in document
-    assert not [
-        a for tag, a in _Elements(document).elements if tag == "a" and not (a.get("href") or a.get("xlink:href") or "").startswith("#")
-    ]
-    assert "CONSOLE" not in messages
-    assert _Elements(document).count("js-plotly-plot") == _Elements(document).count("plot")

@@ -89,6 +89,7 @@ def test_when_a_run_is_older_than_the_choice_of_products_then_it_resumes_as_it_b
     begun = train_small(trained(spec, products="default", kernels="torch", device="cpu"), tmp_path / "begun")
     old = tmp_path / "old"
     old.mkdir()
+    (old / "spec.toml").write_text(spec.to_toml())
     about = json.loads((begun.folder / "run.json").read_text())
     about["spec_fingerprint"] = spec.fingerprint()
     (old / "run.json").write_text(json.dumps({key: value for key, value in about.items() if key not in ("products", "kernels", "device")}))

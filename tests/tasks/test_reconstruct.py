@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.batches import batch_of
 from torch import Tensor
 
-from fedcast.data.windows import Batch, Windows
+from fedcast.data.windows import Batch
 from fedcast.models.base import QUANTILES, ModelConfig, Output
 from fedcast.tasks.reconstruct import RATIOS, ReconstructTask, reconstruction_mse, whole_windows
 
@@ -17,11 +17,9 @@ PATCH = 4
 CONFIG = ModelConfig(d_model=8, n_heads=1, encoder_layers=1, decoder_layers=1, context=16, horizon=8, patch=PATCH)
 
 
-def batch_of(context: Tensor, target: Tensor) -> Batch:
-    labels, places = torch.zeros(len(context), dtype=torch.int64), np.zeros(len(context), dtype=np.int64)
-    seen = [torch.isfinite(x) for x in (context, target)]
-    context, target = (torch.nan_to_num(x) for x in (context, target))
-    return Batch(context, seen[0], target, seen[1], Windows(places, places), labels, labels)
+def batch(context: Tensor, target: Tensor) -> Batch:
+    values = torch.cat((context, target), dim=1)
+    return batch_of(values, context.shape[1], torch.isfinite(values))
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -29,8 +27,8 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_when_windows_are_joined_then_patches_are_whole_and_what_is_added_is_missing() -> None:
-    batch = batch_of(torch.arange(1.0, 11).view(1, 10), torch.arange(11.0, 16).view(1, 5))
-    values, mask = whole_windows(batch, PATCH)
+    windows = batch(torch.arange(1.0, 11).view(1, 10), torch.arange(11.0, 16).view(1, 5))
+    values, mask = whole_windows(windows, PATCH)
     assert values.tolist() == [[0, 0, *range(1, 16), 0, 0, 0]]
     assert mask.tolist() == [[False] * 2 + [True] * 15 + [False] * 3]
 
@@ -79,7 +77,7 @@ def test_when_reconstructions_are_scored_then_hidden_observed_points_count_at_fi
     context[0, :5] = torch.nan
     scale = torch.full((40,), 2.0)
     model = _Fills(1.0)
-    scores = reconstruction_mse(model, batch_of(context, target), scale)
+    scores = reconstruction_mse(model, batch(context, target), scale)
     assert list(scores) == ["mse_15", "mse_30", "mse_45", "mse_60", "mse_75", "mse"]
     whole = torch.cat((context, target), dim=1)
     for name, hidden, ratio in zip(scores, model.hidden, RATIOS, strict=False):
@@ -87,9 +85,9 @@ def test_when_reconstructions_are_scored_then_hidden_observed_points_count_at_fi
         points = hidden.repeat_interleave(PATCH, dim=1) & whole.isfinite()
         assert scores[name] == pytest.approx(float(((1 - whole[points]) / 2).square().mean()), rel=1e-5)
     assert scores["mse"] == pytest.approx(sum(scores[f"mse_{round(100 * r)}"] for r in RATIOS) / 5)
-    assert reconstruction_mse(_Fills(None), batch_of(context, target), scale)["mse"] == 0
+    assert reconstruction_mse(_Fills(None), batch(context, target), scale)["mse"] == 0
     again = _Fills(None)
-    reconstruction_mse(again, batch_of(context, target), scale)
+    reconstruction_mse(again, batch(context, target), scale)
     assert all(torch.equal(a, b) for a, b in zip(model.hidden, again.hidden, strict=True))
 
 
@@ -97,7 +95,7 @@ def test_when_only_a_part_may_count_then_errors_before_it_do_not() -> None:
     context, target = random(40, 16), random(40, 8, seed=1)
     since = torch.arange(40) % 20 - 12  # from 12 steps before the first target to 7 after it
     model = _Fills(1.0)
-    scores = reconstruction_mse(model, batch_of(context, target), torch.ones(40), since)
+    scores = reconstruction_mse(model, batch(context, target), torch.ones(40), since)
     whole = torch.cat((context, target), dim=1)
     late = torch.arange(24) - 16 >= since.unsqueeze(1)
     for name, hidden in zip(scores, model.hidden, strict=False):
@@ -108,5 +106,5 @@ def test_when_only_a_part_may_count_then_errors_before_it_do_not() -> None:
 def test_when_no_hidden_point_counts_then_there_is_no_score() -> None:
     context = torch.full((2, 16), torch.nan)
     context[:, -1] = 1.0
-    scores = reconstruction_mse(_Fills(0.0), batch_of(context, torch.full((2, 8), torch.nan)), torch.ones(2))
+    scores = reconstruction_mse(_Fills(0.0), batch(context, torch.full((2, 8), torch.nan)), torch.ones(2))
     assert all(math.isnan(value) for value in scores.values())
