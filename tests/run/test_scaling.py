@@ -113,7 +113,7 @@ def test_when_runs_differ_in_clients_then_local_steps_may_follow_at_equal_work(t
     more = write_run(tmp_path / "9", _spread(9, 5), 0.8, steps=135)
     same = write_run(tmp_path / "16", _spread(16, 8), 0.8, steps=384)
     assert scaling([four, eight], "data.clients").points["x"].tolist() == [4, 8, 4, 8]
-    assert set(compare([four, eight])["model"]) == {"fedavg", "seasonal_naive"}
+    assert set(compare([four, eight])["model"]) == {str(four), str(eight), "seasonal_naive"}
     with pytest.raises(RunError, match=r"not at equal work: 96 to 135"):
         scaling([four, eight, more], "data.clients")
     assert "96 to 384 gradient steps" in scaling([four, same], "data.clients").notes[-1]
