@@ -137,7 +137,10 @@ TRACE = {
     "TRACE": Row(FEDAVG, _TRACE),
 }
 
-_TTM_ALONE = ("zero_shot, mixed 0.85", "sff, validation", "sff, noise", "sff, shrink")
+_TTM_ALONE = (
+    *("zero_shot, mixed 0.85", "sff, validation", "sff, noise", "sff, shrink", "fedprox"),
+    *("local, sff 0.7", "local, sff 0.9", "local, from scratch"),
+)
 """Rows that are run for the published weights alone, to save time."""
 
 STUDIES: dict[str, Study] = {
