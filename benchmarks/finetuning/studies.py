@@ -53,7 +53,6 @@ class Study:
 
 
 ROWS = {name: Row(method, FULL) for name, method in medical.ROWS.items()}
-RELEASED = {f"{name}, as released": Row({"name": name, "as_released": True}, FULL) for name in ("fedprox", "fedla")}
 
 
 def _medical(strategy: str, *overrides: str, setting: Setting = SETTING, context: int = 512) -> Callable[[Path, Row, int], RunSpec]:
@@ -144,7 +143,7 @@ _TTM_ALONE = (
 """Rows that are run for the published weights alone, to save time."""
 
 STUDIES: dict[str, Study] = {
-    "subjects": Study(bases.bolt, _medical("subjects"), {**ROWS, **RELEASED}, "fedcast"),
+    "subjects": Study(bases.bolt, _medical("subjects"), ROWS, "fedcast"),
     "sites": Study(bases.bolt, _medical("sites"), ROWS, "fedcast"),
     "modality": Study(bases.bolt, _medical("modality"), {**ROWS, **_cures("client_20*")}, "fedcast"),
     "real": Study(bases.bolt, _medical("real"), {**ROWS, **dict(list(_cures("icg_*").items())[:2])}, "fedcast"),

@@ -25,7 +25,8 @@ def collect(runs: Runs) -> pd.DataFrame:
     for (label, _), run in runs.items():
         rows = run.results()
         frames.append(rows.assign(model=rows.model.where(rows.model != rows.method, label)))
-    return pd.concat(frames, ignore_index=True)
+    # A folder of whoever ran it; the study says what the starting model is.
+    return pd.concat(frames, ignore_index=True).drop(columns="checkpoint")
 
 
 def of_study(name: str, rows: pd.DataFrame, runs: Runs) -> dict[str, str]:
