@@ -43,8 +43,9 @@ evidence: $(READY) ## Compare all methods over domains, data sets and seeds (hou
 	$(BIN)/python -m benchmarks.evidence
 	$(BIN)/python -m benchmarks.scaling
 
-finetuning-evidence: $(READY_DEV) ## Fine-tune published and own models with every method and tuning (two hours; see docs/finetuning-evidence.md)
+finetuning-evidence: $(READY_DEV) ## Fine-tune published and own models with every method and tuning (hours; see docs/finetuning-evidence.md)
 	$(BIN)/python -m benchmarks.finetuning
+	$(BIN)/python -m benchmarks.finetuning.importance
 
 bench: $(READY) ## Measure speed beside peers and beside the machine's limits (an hour and a half; see benchmarks/README.md)
 	$(BIN)/fedcast machine --build

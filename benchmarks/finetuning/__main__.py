@@ -1,6 +1,6 @@
 """Fine-tune every row of every study and write the tables of ``docs/finetuning-evidence.md``.
 
-Run it with ``make finetuning-evidence`` (two hours on two cores). A run that is complete is not repeated, a killed one is resumed.
+Run it with ``make finetuning-evidence`` (hours on two cores). A run that is complete is not repeated, a killed one is resumed.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,18 +12,15 @@ from torch import Tensor
 from fedcast.data.windows import Batch
 from fedcast.models.base import QUANTILES
 from fedcast.models.contract import Encoding
-from fedcast.models.files import CONFIG
 from fedcast.models.layers import scaled_target
-from fedcast.models.published.base import Library, read_json
 from fedcast.models.published.patches import QuantileModel, in_patches, interpolated
-from fedcast.models.published.pretrained import draw_network, load_weights, write_network
-from fedcast.models.published.timer import CONTEXT, SKTIME, decoded, shape_of
+from fedcast.models.published.timer import CONTEXT, AuthorsDecoder, decoded
 
 SAMPLES = 100
 """Sample paths that quantiles are taken from."""
 
 
-class Sundial(QuantileModel):
+class Sundial(AuthorsDecoder, QuantileModel):
     """Sundial behind fedcast's contract.
 
     Sources: Liu et al., *Sundial: A Family of Highly Capable Time Series Foundation Models*, ICML 2025; the authors' network as it
@@ -38,24 +34,9 @@ class Sundial(QuantileModel):
 
     family: ClassVar[str] = "sundial"
     summary: ClassVar[str] = "decoder over patches of 16 steps; sample paths of 720 steps in one pass, by flow matching"
-    library: ClassVar[Library] = SKTIME
     hub: ClassVar[tuple[str, ...]] = ("thuml/sundial-base-128m",)
-    licence: ClassVar[str] = "code Apache-2.0 (sktime: BSD-3-Clause), weights Apache-2.0"
     heads: ClassVar[tuple[str, ...]] = ("flow_loss.",)
-    lora_targets: ClassVar[tuple[str, ...]] = ("q_proj", "v_proj")
     quantiles: ClassVar[str] = "sampled"
-
-    @classmethod
-    def recognises(cls, config: Mapping[str, Any]) -> bool:
-        """Return whether a ``config.json`` is of Sundial."""
-        return config.get("model_type") == "sundial"
-
-    @classmethod
-    def read(cls, folder: Path) -> Self:
-        """Read a checkpoint of the authors."""
-        model = cls.drawn(read_json(folder / CONFIG), 0)
-        load_weights(model.network, folder)
-        return model
 
     @classmethod
     def tiny_settings(cls) -> Any:
@@ -66,16 +47,11 @@ class Sundial(QuantileModel):
         return {**shape, **head, **lengths, "dropout_rate": 0.1}
 
     @classmethod
-    def drawn(cls, settings: Mapping[str, Any], seed: int) -> Self:
-        """Return a model with the keys of a ``config.json``."""
+    def classes(cls) -> tuple[Any, Any]:
+        """Return the authors' classes of network and configuration."""
         from sktime.libs.sundial import SundialConfig, SundialForPrediction
 
-        network: Any = draw_network(SundialForPrediction, SundialConfig.from_dict(dict(settings)), seed)
-        return cls(network, shape_of(network, cls.family), settings)
-
-    def write(self, folder: Path) -> None:
-        """Write ``model.safetensors`` and ``config.json`` as the authors' class reads them."""
-        write_network(self.network, folder)
+        return SundialForPrediction, SundialConfig
 
     def features(self, values: Tensor, mask: Tensor) -> Tensor:
         """Return one feature a patch [B, N, d] for standardised values and their mask [B, N * patch]."""

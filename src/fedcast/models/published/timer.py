@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedcast.models.files import CONFIG
-from fedcast.models.published.base import Library, PublishedConfig, read_json
+from fedcast.models.published.base import Library, Published, PublishedConfig, read_json
 from fedcast.models.published.patches import PointModel, in_patches, interpolated
 from fedcast.models.published.pretrained import draw_network, load_weights, write_network
 
@@ -19,7 +20,43 @@ CONTEXT = 2880
 """Steps of context that both models were trained with; their configuration does not say it."""
 
 
-class Timer(PointModel):
+class AuthorsDecoder(Published):
+    """What Timer and Sundial have in common: networks of the same authors, which sktime carries."""
+
+    library: ClassVar[Library] = SKTIME
+    licence: ClassVar[str] = "code Apache-2.0 (sktime: BSD-3-Clause), weights Apache-2.0"
+    lora_targets: ClassVar[tuple[str, ...]] = ("q_proj", "v_proj")
+
+    @classmethod
+    @abstractmethod
+    def classes(cls) -> tuple[Any, Any]:
+        """Return the authors' classes of network and configuration."""
+
+    @classmethod
+    def recognises(cls, config: Mapping[str, Any]) -> bool:
+        """Return whether a ``config.json`` names the family as its model type."""
+        return config.get("model_type") == cls.family
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read a checkpoint of the authors."""
+        model = cls.drawn(read_json(folder / CONFIG), 0)
+        load_weights(model.network, folder)
+        return model
+
+    @classmethod
+    def drawn(cls, settings: Mapping[str, Any], seed: int) -> Self:
+        """Return a model with the keys of a ``config.json``."""
+        kind, configuration = cls.classes()
+        network: Any = draw_network(kind, configuration.from_dict(dict(settings)), seed)
+        return cls(network, shape_of(network, cls.family), settings)
+
+    def write(self, folder: Path) -> None:
+        """Write ``model.safetensors`` and ``config.json`` as the authors' class reads them."""
+        write_network(self.network, folder)
+
+
+class Timer(AuthorsDecoder, PointModel):
     """Timer behind fedcast's contract: the univariate checkpoint of Timer-XL.
 
     Sources: Liu et al., *Timer: Generative Pre-trained Transformers Are Large Time Series Models*, ICML 2024, and *Timer-XL*, ICLR
@@ -35,23 +72,8 @@ class Timer(PointModel):
 
     family: ClassVar[str] = "timer"
     summary: ClassVar[str] = "decoder over patches of 96 steps; a point forecast of 96 steps in one pass"
-    library: ClassVar[Library] = SKTIME
     hub: ClassVar[tuple[str, ...]] = ("thuml/timer-base-84m",)
-    licence: ClassVar[str] = "code Apache-2.0 (sktime: BSD-3-Clause), weights Apache-2.0"
     heads: ClassVar[tuple[str, ...]] = ("lm_heads.",)
-    lora_targets: ClassVar[tuple[str, ...]] = ("q_proj", "v_proj")
-
-    @classmethod
-    def recognises(cls, config: Mapping[str, Any]) -> bool:
-        """Return whether a ``config.json`` is of Timer."""
-        return config.get("model_type") == "timer"
-
-    @classmethod
-    def read(cls, folder: Path) -> Self:
-        """Read a checkpoint of the authors."""
-        model = cls.drawn(read_json(folder / CONFIG), 0)
-        load_weights(model.network, folder)
-        return model
 
     @classmethod
     def tiny_settings(cls) -> Any:
@@ -60,16 +82,11 @@ class Timer(PointModel):
         return {**shape, "input_token_len": 8, "output_token_lens": [8], "max_position_embeddings": CONTEXT}
 
     @classmethod
-    def drawn(cls, settings: Mapping[str, Any], seed: int) -> Self:
-        """Return a model with the keys of a ``config.json``."""
+    def classes(cls) -> tuple[Any, Any]:
+        """Return the authors' classes of network and configuration."""
         from sktime.libs.timer import TimerConfig, TimerForPrediction
 
-        network: Any = draw_network(TimerForPrediction, TimerConfig.from_dict(dict(settings)), seed)
-        return cls(network, shape_of(network, cls.family), settings)
-
-    def write(self, folder: Path) -> None:
-        """Write ``model.safetensors`` and ``config.json`` as the authors' class reads them."""
-        write_network(self.network, folder)
+        return TimerForPrediction, TimerConfig
 
     def one_pass(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return the points of a pass, and one feature a patch."""
