@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fedcast.federated.messages import Task
 from fedcast.federated.plan import Plan
-from fedcast.federated.workspace import model_layout
 from fedcast.methods.base import Method, build_method
 from fedcast.models.architectures import build_model
 from fedcast.models.base import ModelConfig
@@ -15,6 +16,7 @@ from fedcast.run.folder import RunFolder
 from fedcast.run.prepare import prepare, start_fleet
 from fedcast.run.pretrain import Run, pretrain
 from fedcast.spec import RunSpec, parse_spec
+from fedcast.training.flat import Layout
 
 DOMAINS = ("energy", "health", "medical")
 HELD_OUT = ("transport",)
@@ -58,3 +60,9 @@ def untrained_loss(spec: RunSpec, folder: Path) -> float:
 def shared_size(method: Method, config: ModelConfig) -> int:
     """Return how many of a model's weights travel."""
     return sum(parameter.numel() for name, parameter in build_model(config).named_parameters() if method.shares(name))
+
+
+def model_layout(spec: RunSpec, method: Method) -> tuple[Layout, Tensor]:
+    """Return the layout of the trained parameters and their initial values ``[size]``."""
+    plan = Plan(spec, method)
+    return plan.layout, plan.initial

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.federations import DOMAINS, small_spec, train_small
+from tests.federations import DOMAINS, model_layout, small_spec, train_small
 
 import fedcast.run.pretrain as pretraining
 from fedcast.errors import QuorumError
@@ -20,7 +20,7 @@ from fedcast.federated.intake import Intake
 from fedcast.federated.messages import Reply, Task
 from fedcast.federated.plan import Plan
 from fedcast.federated.site import Site
-from fedcast.federated.workspace import Workspaces, model_layout
+from fedcast.federated.workspace import Workspaces
 from fedcast.methods.base import Method, Server, build_method
 from fedcast.methods.fedavg import FedAvg
 from fedcast.run.folder import RunFolder

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.federations import DOMAINS, small_spec, train_small
+from tests.federations import DOMAINS, model_layout, small_spec, train_small
 
 import fedcast.run.pretrain as pretraining
 from fedcast.federated.fleet import Fleet
 from fedcast.federated.messages import Reply, Task
 from fedcast.federated.plan import Plan
-from fedcast.federated.workspace import build_workspace, model_layout
+from fedcast.federated.workspace import build_workspace
 from fedcast.methods.base import build_method
 from fedcast.methods.fedpm import FedPM
 from fedcast.models.forecaster import Forecaster

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.federations import DOMAINS, small_spec, train_small
+from tests.federations import DOMAINS, model_layout, small_spec, train_small
 from tests.run.test_resume import weights
 
 from fedcast.data.splits import split_store
@@ -20,7 +20,7 @@ from fedcast.federated.messages import Reply, Task
 from fedcast.federated.plan import Plan
 from fedcast.federated.rounds import Silent
 from fedcast.federated.site import Site
-from fedcast.federated.workspace import Workspaces, model_layout
+from fedcast.federated.workspace import Workspaces
 from fedcast.methods.base import build_method
 from fedcast.models.architectures import build_model
 from fedcast.models.base import ModelConfig

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fedcast.federated.plan import Plan, tuning_state
-from fedcast.methods.base import Method
 from fedcast.models.base import ModelConfig
 from fedcast.models.contract import Model
 from fedcast.models.mixture import DomainMixture
 from fedcast.models.patch import PatchTransformer
 from fedcast.models.seeding import GLOBAL_STATE, seeded
-from fedcast.spec import RunSpec
 from fedcast.training.backend import Backend
 from fedcast.training.flat import FlatAdamW, FlatParameters, Layout
 
@@ -123,12 +121,6 @@ class Workspace:
     def private_of_model(self) -> Tensor:
         """The private weights without those of the extra modules, as a view."""
         return self.parameters.vector[self.parameters.layout.shared_size : self.model_size]
-
-
-def model_layout(spec: RunSpec, method: Method) -> tuple[Layout, Tensor]:
-    """Return the layout of the trained parameters and their initial values ``[size]``."""
-    plan = Plan(spec, method)
-    return plan.layout, plan.initial
 
 
 def build_mixture(config: ModelConfig, layout: Layout, experts: Mapping[str, Tensor]) -> DomainMixture:
