@@ -65,6 +65,6 @@ $(READY): pyproject.toml constraints.txt
 
 $(READY_DEV): $(READY)
 	@echo "installing the tools for tests and lint into .venv, once"
-	@$(PIP) install -qq -c constraints.txt -e '.[dev,medical,published,published-apart]'
+	@$(PIP) install -qq -c constraints.txt -e '.[dev,flower,medical,privacy,published,published-apart,secure]'
 	@$(PIP) install -qq -c constraints.txt --no-deps granite-tsfm momentfm toto-ts uni2ts
 	@touch $@

@@ -84,8 +84,9 @@ class _Named(_Section):
     @classmethod
     def _gather_options(cls, value: Any) -> Any:
         if isinstance(value, Mapping) and "options" not in value:
-            name = value.get("name", cls.model_fields["name"].default)
-            return {"name": name, "options": {k: v for k, v in value.items() if k != "name"}}
+            field = cls.model_fields["name"]
+            name = {} if "name" not in value and field.is_required() else {"name": value.get("name", field.default)}
+            return {**name, "options": {k: v for k, v in value.items() if k != "name"}}
         return value
 
 
@@ -101,6 +102,13 @@ class TuningSpec(_Named):
 
     name: str = Field("full", description="see `fedcast tunings`")
     options: dict[str, Any] = Field(default_factory=dict, description="hyper-parameters of the tuning, checked against it")
+
+
+class GuardSpec(_Named):
+    """One guard around the method: its name and options."""
+
+    name: str = Field(description="see `fedcast guards`")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of the guard, checked against it")
 
 
 class TrainingSpec(_Section):
@@ -142,7 +150,9 @@ class FederationSpec(_Section):
     )
     quorum: float = Field(0.5, gt=0, le=1, description="share of selected sites whose replies must be usable")
     deadline_s: float | None = Field(None, gt=0, description="seconds after which a round closes without the missing replies")
-    fleet: Literal["threads", "processes"] = Field("threads", description="worker threads in this process, or worker processes")
+    fleet: Literal["threads", "processes", "flower"] = Field(
+        "threads", description="worker threads in this process, worker processes, or the sites of a consortium (docs/consortium.md)"
+    )
     workers: int = Field(2, ge=1, description="sites that work at the same time, one core each")
 
     def selected(self, sites: int) -> int:
@@ -193,12 +203,14 @@ class RunSpec(_Section):
     training: TrainingSpec = TrainingSpec()
     federation: FederationSpec = FederationSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
+    guards: tuple[GuardSpec, ...] = Field((), description="steps around the method, in order; see `fedcast guards`")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the spec as a TOML-ready dict; ``None`` values are left out, since TOML has none."""
         document: dict[str, Any] = _without_none(self.model_dump(mode="json"))
         for section in ("method", "tuning"):
             document[section] = {"name": document[section]["name"], **document[section]["options"]}
+        document["guards"] = [{"name": guard["name"], **guard["options"]} for guard in document["guards"]]
         return document
 
     def to_toml(self) -> str:
@@ -214,6 +226,8 @@ class RunSpec(_Section):
         # Keys that came later: at their default a run of an older version is still the same run.
         if document["tuning"] == {"name": "full"}:
             del document["tuning"]
+        if not document["guards"]:
+            del document["guards"]
         for section, keys in _LATER_KEYS.items():
             defaults = RunSpec.model_fields[section].default.model_dump(mode="json")
             for key in keys:

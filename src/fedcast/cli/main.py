@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, NoReturn
 
 import typer
-from typer.exceptions import TyperException
+from click.exceptions import ClickException
 
 from fedcast.cli import benchmark, landscape, leakage, machine, models, predict, prepare, results, train
 from fedcast.cli.flags import SpecCommand
@@ -88,7 +88,7 @@ def run(arguments: Sequence[str]) -> int:
         code = app(args=words, prog_name="fedcast", standalone_mode=False)
     except FedcastError as error:
         return fail(error.to_json(), as_json)
-    except TyperException as error:
+    except ClickException as error:
         verb = f" {words[0]}" if not words[0].startswith("-") and _is_verb(words[0]) else ""
         message = error.format_message().strip().rstrip(".")
         return fail({"error": "usage", "exit_code": 2, "message": message, "hint": f"fedcast{verb} --help"}, as_json)

@@ -29,6 +29,8 @@ from fedcast.training.flat import FlatParameters, Layout
 
 METHODS: dict[str, type[Method]] = {}
 T = TypeVar("T")
+Mean = Callable[[str, Sequence[Tensor], Sequence[float], Sequence[str]], Tensor]
+"""Brings the vectors of several sites together: name of the tensor, vectors, weights, sites -> one vector."""
 Unseen = Literal["shadow", "mixture", "each"]
 MODEL_PARTS = ("shared", "private")
 """The tensors of a reply that hold the model's weights; the method's own stand beside them."""
@@ -156,6 +158,8 @@ class Server:
         Shape of the model, for a method that trains at the server; a run sets it.
     parts
         Name of each parameter in the layout with its part of the model in front (:meth:`fedcast.models.contract.Model.part`).
+    rule
+        What takes the place of the weighted mean; a guard may set one.
     """
 
     layout: Layout
@@ -170,6 +174,14 @@ class Server:
     log: dict[str, Any] = field(default_factory=dict)
     config: ModelConfig | None = None
     parts: dict[str, str] = field(default_factory=dict)
+    rule: Mean | None = None
+
+    def mean(self, name: str, updates: Sequence[Update], weights: Sequence[float]) -> Tensor:
+        """Return the mean of a tensor of the updates, flattened: the weighted one, or what the run's robust rule takes for it."""
+        vectors = [update.tensors[name].flatten() for update in updates]
+        if self.rule is None:
+            return weighted_mean(Vectors(vectors), weights)
+        return self.rule(name, vectors, weights, [update.site for update in updates])
 
     def shared_of(self, site: str) -> Tensor:
         """Return the shared weights that a site has after the round, ``[shared_size]``."""
@@ -306,7 +318,7 @@ class Method:
     def combine(self, server: Server, updates: Sequence[Update], weights: Sequence[float]) -> None:
         """Set the shared weights, and on exporting rounds the shadow of the private part, to weighted means; log the weights."""
         names = [name for name in MODEL_PARTS if all(name in update.tensors for update in updates)]
-        means = {name: weighted_mean(Vectors([update.tensors[name] for update in updates]), weights) for name in names}
+        means = {name: server.mean(name, updates, weights) for name in names}
         server.settle(means, {update.site: weight for update, weight in zip(updates, weights, strict=True)})
 
     @property

@@ -34,7 +34,6 @@ from fedcast.models.masking import observed_patches, patch_mask
 from fedcast.spec import ModelSpec
 from fedcast.tasks.reconstruct import ReconstructTask, whole_windows
 from fedcast.training import coreset as core
-from fedcast.training.aggregate import Vectors, weighted_mean
 
 _TASK = ReconstructTask()
 _TUNED_TOGETHER = 64  # core-set windows in a step at the server (the specification's 256 would be two steps with eight sites)
@@ -208,7 +207,7 @@ class FedAl(Method):
         self.combine(server, updates, samples)
         if self.dbe:
             shape = updates[0].tensors["bias"].shape
-            bias = weighted_mean(Vectors([update.tensors["bias"].flatten() for update in updates]), samples)
+            bias = server.mean("bias", updates, samples)
             server.tensors["bias"], server.private = bias.view(shape), bias
         if self.gbe:
             server.shared = self._corrected(server, updates, before)
@@ -225,7 +224,7 @@ class FedAl(Method):
         """
         if self.dynamics == "none":
             return server.shared
-        moved = weighted_mean(Vectors([update.tensors["shared"] for update in updates]), [1.0] * len(updates)) - before
+        moved = server.mean("shared", updates, [1.0] * len(updates)) - before
         scaled = self.dynamics == "dyn_scaled"
         share = 1.0 if scaled else len(updates) / server.sites
         kept = 1.0 if self._counters else self.rho if self.rho is not None else 0.9 if scaled else 0.5

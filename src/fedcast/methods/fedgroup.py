@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fedcast.errors import SpecError
 from fedcast.methods.base import Method, Server, Update, hyper
-from fedcast.training.aggregate import Vectors, weighted_mean
 
 REST = "rest"
 """The group of sites that no pattern names."""
@@ -55,7 +54,7 @@ class FedGroup(Method):
         own = self._own_part(server)
         for name in sorted({self.group(site) for site in points}):
             members = [update for update in updates if self.group(update.site) == name]
-            mean = weighted_mean(Vectors([u.tensors["shared"] for u in members]), [points[u.site] for u in members])
+            mean = server.mean("shared", members, [points[u.site] for u in members])
             server.tensors[f"group.{name}"] = mean[own]
         # Also to sites that did not take part this time: they are scored with their group's weights.
         server.own |= {site: self._of_group(server, site, own) for site in {*server.own, *points}}
