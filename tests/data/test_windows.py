@@ -221,6 +221,37 @@ def test_when_draws_are_balanced_then_each_group_has_its_share(balance: Balance)
     assert abs(drawn.end[drawn.series == 0].mean() - (16 + splits.train_end[0] - 24) / 2) < 20
 
 
+@pytest.mark.parametrize("balance", ["none", "dataset", "domain"])
+def test_when_windows_are_drawn_independently_then_each_has_its_groups_chance_and_none_comes_twice(balance: Balance) -> None:
+    store, splits = _uneven()
+    sampler, rng = WindowSampler(store, splits, context=64, horizon=24, balance=balance), np.random.default_rng(1)
+    batches = [_pairs(sampler.poisson(40, rng)) for _ in range(2000)]
+    assert all(len(set(batch)) == len(batch) for batch in batches)
+    sizes = np.array([len(batch) for batch in batches])
+    rates = sampler.rates(40)
+    rooms = {series: int(splits.train_end[series] - 24 - 16 + 1) for series in range(5)}
+    members = {"none": [[0, 1, 2, 3, 4]], "dataset": [[0, 1], [2], [3, 4]], "domain": [[0, 1], [2], [3, 4]]}[balance]
+    expected = [sum(rooms[series] for series in group) * rate for group, rate in zip(members, rates, strict=True)]
+    assert sum(expected) == pytest.approx(40)
+    # The size of a batch is a sum of independent draws: its mean and its variance.
+    variance = sum(count * (1 - rate) for count, rate in zip(expected, rates, strict=True))
+    assert abs(sizes.mean() - 40) < 5 * (variance / len(sizes)) ** 0.5
+    assert abs(sizes.var() / variance - 1) < 5 * (2 / len(sizes)) ** 0.5
+    # Two windows of one group come together as often as independent ones do.
+    group, rate = members[-1], rates[-1]
+    first, second = ((series, 16 + at) for series, at in ((group[0], 3), (group[-1], 5)))
+    together = np.mean([first in batch and second in batch for batch in batches])
+    assert abs(together - rate**2) < 5 * (rate**2 / len(batches)) ** 0.5 + 1e-3
+
+
+def test_when_there_are_fewer_windows_than_asked_for_then_an_independent_draw_takes_all_of_them() -> None:
+    store, splits = _uneven()
+    sampler = WindowSampler(store, splits, context=64, horizon=24)
+    assert sampler.rates(10**9).tolist() == [1.0]
+    assert len(sampler.poisson(10**9, np.random.default_rng(0))) == sampler.n_windows
+    assert len(sampler.gather(sampler.poisson(10**9, np.random.default_rng(0))).windows) == sampler.n_windows
+
+
 def test_when_the_seed_is_the_same_then_the_draw_is_the_same() -> None:
     store, splits = _uneven()
     first, second = (WindowSampler(store, splits, context=64, horizon=24, balance="dataset") for _ in range(2))

@@ -40,8 +40,7 @@ def read_plain_csv(
 
     if b'"' in content or b"\x00" in content or content.count(b"\r") != content.count(b"\r\n"):
         return None
-    start = content.find(b"\n") + 1
-    cells = content[start : content.find(b"\n", start) if start else 0].decode().rstrip("\r").split(separator)
+    cells = content.partition(b"\n")[2].partition(b"\n")[0].decode().rstrip("\r").split(separator)
     if len(cells) != len(names):
         return None
     first = dict(zip(names, cells, strict=True))

@@ -167,7 +167,10 @@ def _read_csv(text: str, source: str, time: str | None, id: str | None, target: 
     if not header.strip():
         return pd.DataFrame()
     separator = _separator(header)
-    names = [name.strip() for name in next(csv.reader([header], delimiter=separator))]
+    try:
+        names = [name.strip() for name in next(csv.reader([header], delimiter=separator))]
+    except csv.Error as error:
+        raise not_a_frame(source, f"the header is no line of a table: {error}", "end every line with a line feed") from error
     used = long_columns(names, time, id, target)
     ids = {name for name in names if name == id or name.lower() in ID_NAMES}
     content = text.encode()

@@ -15,7 +15,8 @@ import pandas as pd
 
 from fedcast.data.problems import BoolArray, Findings, IntArray
 
-_OFFSET = r"\d{1,2}:\d{2}(?::\d{2}(?:[.,]\d+)?)?\s*(Z|z|UTC|GMT|[+-]\d{2}(?::?\d{2})?)$"
+# Behind whatever ISO 8601 lets end a time: minutes or seconds of one digit or two, or an hour alone.
+_OFFSET = r"(?:T\d{1,6}|:\d{1,2}|\d{4}-\d{2}-\d{2} \d{1,2})(?:[.,]\d+)?\s*(Z|z|UTC|GMT|[+-]\d{2}(?::?\d{2})?)$"
 _MISSING_TEXT = ("", "nat", "nan", "none", "null", "na", "<na>")
 _DATES = (
     "%d/%m/%Y",
@@ -199,8 +200,9 @@ def _from_text(column: pd.Series[Any], name: str, findings: Findings) -> Stamps:
 
 
 def _parse(texts: pd.Series[Any], form: str, *, utc: bool = False) -> pd.DatetimeIndex:
-    parsed = pd.to_datetime(texts, format=form, errors="coerce", utc=utc)
-    return pd.DatetimeIndex(parsed).as_unit("ns")
+    # Always in UTC, which changes no time without an offset: pandas raises where some have one and others have not.
+    parsed = pd.DatetimeIndex(pd.to_datetime(texts, format=form, errors="coerce", utc=True)).as_unit("ns")
+    return parsed if utc else parsed.tz_localize(None)
 
 
 def _forms() -> Iterator[str]:

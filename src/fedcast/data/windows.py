@@ -80,16 +80,19 @@ class Batch:
     def split(self, size: int, *, rest: bool = False) -> Iterator[Batch]:
         """Yield pieces of ``size`` rows, which are views of this batch; what is left over at the end only where ``rest`` asks for it."""
         for start in range(0, len(self.windows) if rest else len(self.windows) - size + 1, size):
-            rows = slice(start, start + size)
-            yield Batch(
-                context=self.context[rows],
-                mask=self.mask[rows],
-                target=self.target[rows],
-                target_mask=self.target_mask[rows],
-                windows=Windows(self.windows.series[rows], self.windows.end[rows]),
-                dataset=self.dataset[rows],
-                domain=self.domain[rows],
-            )
+            yield self.rows(slice(start, start + size))
+
+    def rows(self, rows: slice) -> Batch:
+        """Return some of the rows, as views of this batch."""
+        return Batch(
+            context=self.context[rows],
+            mask=self.mask[rows],
+            target=self.target[rows],
+            target_mask=self.target_mask[rows],
+            windows=Windows(self.windows.series[rows], self.windows.end[rows]),
+            dataset=self.dataset[rows],
+            domain=self.domain[rows],
+        )
 
 
 class WindowSampler:
@@ -177,6 +180,31 @@ class WindowSampler:
             chosen = groups[rng.integers(0, len(groups), size) if even else rng.choice(len(groups), size, p=self._chances)]
             position = rng.integers(chosen[:, 0], chosen[:, 1])
         return self._train.at(position)
+
+    def rates(self, size: int) -> NDArray[np.float64]:
+        """Return the chance of a window of each group (``balance``) to be in a batch of :meth:`poisson`, float64 ``[G]``."""
+        room = self._groups[:, 1] - self._groups[:, 0]
+        chances = 1.0 / len(room) if self._chances is None else self._chances
+        rates: NDArray[np.float64] = np.minimum(1.0, size * chances / np.maximum(room, 1))
+        return rates
+
+    def poisson(self, size: int, rng: np.random.Generator) -> Windows:
+        """Draw train windows, each independently of all others: ``size`` of them in the mean, none twice, and sometimes none at all.
+
+        Differentially private training counts on this way of drawing. The balance is that of :meth:`draw`.
+
+        Parameters
+        ----------
+        size
+            Expected number of windows.
+        rng
+            The only source of randomness.
+        """
+        position = [
+            first + rng.choice(last - first, rng.binomial(last - first, rate), replace=False, shuffle=False)
+            for (first, last), rate in zip(self._groups.tolist(), self.rates(size).tolist(), strict=True)
+        ]
+        return self._train.at(np.concatenate([np.empty(0, dtype=np.int64), *position]))
 
     def evenly(self, limit: int) -> Windows:
         """Return train windows spread evenly over all of them, without randomness: all, where there are no more than ``limit``."""

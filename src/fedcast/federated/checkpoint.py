@@ -7,22 +7,28 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load, save
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
 
 from fedcast.errors import CheckpointError
 from fedcast.methods.base import Server
+from fedcast.safe import UnsafeError, read_json_file
+from fedcast.tensors import read_file, write_file
 
 _NAME = re.compile(r"round-(\d{6})")
 _TENSORS = "server.safetensors"
 _MANIFEST = "manifest.json"
+_MANIFEST_LIMIT = 1 << 26
 _KEPT = 2
+_GROUPS = {"method.": "tensors", "own.": "own", "expert.": "experts"}
 
 
 @dataclass
@@ -37,10 +43,18 @@ class Progress:
         Sums over all rounds so far.
     peak_memory
         The most bytes the coordinating process held at once.
+    best_missing
+        How many sites were missing in the validation of the best round.
+    counted
+        The last round of each site that counted.
+    history
+        Digest of which sites counted in which round.
     rows
         The rows of the checkpoint's own round: they are appended to the log after the checkpoint, and again after a kill between
         the two.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     best_loss: float = float("inf")
     best_round: int = 0
@@ -48,7 +62,20 @@ class Progress:
     bytes_down: int = 0
     seconds: float = 0.0
     peak_memory: int = 0
+    best_missing: int = sys.maxsize
+    counted: dict[str, int] = field(default_factory=dict)
+    history: str = ""
     rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    round: int
+    layout: str
+    size: int | None = None  # later than the others
+    sha256: str
+    progress: Progress
 
 
 class Checkpoints:
@@ -62,22 +89,22 @@ class Checkpoints:
         """Where they lie."""
         return self._folder
 
-    def save(self, server: Server, progress: Progress, *, before_rename: Callable[[], None] = lambda: None) -> None:
-        """Write the checkpoint of the server's round."""
+    def save(self, server: Server, progress: Progress, *, before_rename: Callable[[], None] = lambda: None) -> str:
+        """Write the checkpoint of the server's round; return the SHA-256 of its tensors."""
         groups = {"method": server.tensors, "own": server.own, "expert": server.experts}
-        named = {f"{group}.{name}": tensor.contiguous().clone() for group, tensors in groups.items() for name, tensor in tensors.items()}
-        payload = save({"shared": server.shared, "private": server.private, **named})
-        manifest = {
-            "round": server.round,
-            "layout": server.layout.digest,
-            "sha256": hashlib.sha256(payload).hexdigest(),
-            "progress": {**vars(progress), "best_loss": progress.best_loss if isfinite(progress.best_loss) else None},
-        }
-        manifest["manifest_sha256"] = _seal(manifest)
+        named = {f"{group}.{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
         aside = self._folder / "aside"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        _write(aside / _TENSORS, payload)
+        size, sha256 = write_file(aside / _TENSORS, {"shared": server.shared, "private": server.private, **named}, {})
+        manifest = {
+            "round": server.round,
+            "layout": server.layout.digest,
+            "size": size,
+            "sha256": sha256,
+            "progress": {**vars(progress), "best_loss": progress.best_loss if isfinite(progress.best_loss) else None},
+        }
+        manifest["manifest_sha256"] = _seal(manifest)
         _write(aside / _MANIFEST, json.dumps(manifest).encode())
         before_rename()
         final = self._folder / f"round-{server.round:06d}"
@@ -87,6 +114,7 @@ class Checkpoints:
         _sync(self._folder)
         for number in self._rounds()[:-_KEPT]:
             shutil.rmtree(self._folder / f"round-{number:06d}")
+        return sha256
 
     def load(self, server: Server) -> Progress | None:
         """Set the server to the newest undamaged checkpoint; ``None`` when there is no checkpoint at all.
@@ -108,29 +136,57 @@ class Checkpoints:
     def _load(self, number: int, server: Server) -> Progress | None:
         folder = self._folder / f"round-{number:06d}"
         try:
-            manifest = json.loads((folder / _MANIFEST).read_bytes())
-            payload = (folder / _TENSORS).read_bytes()
-        except (OSError, ValueError):
+            manifest = _read_manifest(folder)
+            if manifest.round != number:
+                return None
+            if manifest.layout != server.layout.digest:
+                raise CheckpointError(f"the checkpoint {folder} holds another model", hint="start the run in a new folder")
+            tensors, _, sha256 = read_file(folder / _TENSORS, digest=True, size=manifest.size)
+        except (OSError, UnsafeError, ValidationError):
             return None
-        if not isinstance(manifest, dict) or manifest.pop("manifest_sha256", None) != _seal(manifest) or manifest["round"] != number:
+        if sha256 != manifest.sha256 or not _fits(tensors, server):
             return None
-        if manifest["sha256"] != hashlib.sha256(payload).hexdigest():
-            return None
-        if manifest["layout"] != server.layout.digest:
-            raise CheckpointError(f"the checkpoint {folder} holds another model", hint="start the run in a new folder")
-        tensors = load(payload)
         server.shared, server.private = tensors.pop("shared"), tensors.pop("private")
-        server.tensors = {name.removeprefix("method."): t for name, t in tensors.items() if name.startswith("method.")}
-        server.own = {name.removeprefix("own."): t for name, t in tensors.items() if name.startswith("own.")}
-        server.experts = {name.removeprefix("expert."): t for name, t in tensors.items() if name.startswith("expert.")}
-        server.round = manifest["round"]
-        kept = manifest["progress"]
-        return Progress(**{**kept, "best_loss": float("inf") if kept["best_loss"] is None else kept["best_loss"]})
+        for prefix, group in _GROUPS.items():
+            setattr(server, group, {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
+        server.round = number
+        return manifest.progress
 
     def _rounds(self) -> list[int]:
         if not self._folder.is_dir():
             return []
         return sorted(int(match[1]) for entry in self._folder.iterdir() if (match := _NAME.fullmatch(entry.name)))
+
+
+def _read_manifest(folder: Path) -> _Manifest:
+    if folder.is_symlink():
+        raise UnsafeError("it is a symbolic link")
+    content = read_json_file(folder / _MANIFEST, _MANIFEST_LIMIT)
+    if not isinstance(content, dict) or content.pop("manifest_sha256", None) != _seal(content):
+        raise UnsafeError("its manifest is not the one that was written")
+    progress = content.get("progress")
+    if isinstance(progress, dict) and "counted" not in progress:
+        raise CheckpointError(f"the checkpoint {folder} is of an older version of fedcast", hint="start the run in a new folder")
+    if isinstance(progress, dict) and progress.get("best_loss", 0) is None:
+        # JSON has no infinity.
+        del progress["best_loss"]
+    # From text, since a strict check of objects takes no dict for a dataclass.
+    return _Manifest.model_validate_json(json.dumps(content))
+
+
+def _fits(tensors: Mapping[str, Tensor], server: Server) -> bool:
+    """Whether these are the tensors of a server: the seal of a manifest says that they are whole, not who wrote them."""
+    layout = server.layout
+    sizes = {"shared": (layout.shared_size,), "private": (0, layout.private_size)}
+    return (
+        all(
+            tensor.dtype == torch.float32 and tensor.dim() == 1 and len(tensor) in sizes[name]
+            if name in sizes
+            else name.startswith(tuple(_GROUPS))
+            for name, tensor in tensors.items()
+        )
+        and sizes.keys() <= tensors.keys()
+    )
 
 
 def _seal(manifest: dict[str, Any]) -> str:

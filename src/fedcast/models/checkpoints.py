@@ -9,7 +9,7 @@ from pathlib import Path
 import fedcast.models.published  # noqa: F401 - registers the adapters
 from fedcast.errors import CheckpointError, FedcastError, MissingExtraError
 from fedcast.models.contract import Model
-from fedcast.models.files import CONFIG, model_format
+from fedcast.models.files import CONFIG, check_folder, model_format
 from fedcast.models.mixture import FORMAT as MIXTURE
 from fedcast.models.mixture import DomainMixture
 from fedcast.models.patch import model_class
@@ -85,6 +85,8 @@ def load_checkpoint(checkpoint: str | Path) -> Model | DomainMixture:
         When the model's library is not installed.
     """
     folder = locate(checkpoint)
+    if folder.is_dir():
+        check_folder(folder)
     sites = [] if (folder / CONFIG).exists() else sorted(config.parent.name for config in folder.glob(f"*/{CONFIG}"))
     if sites:
         raise CheckpointError(f"{folder} holds one model a site: {', '.join(sites)}", hint=f"name one of them, such as {folder / sites[0]}")

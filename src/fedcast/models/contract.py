@@ -167,7 +167,15 @@ class Encoding(NamedTuple):
 
 
 class OwnLossModel(Model):
-    """A model that is trained with the loss of its authors, in place of the task's."""
+    """A model that is trained with the loss of its authors, in place of the task's.
+
+    Class attributes
+    ----------------
+    splits
+        Whether the loss is a mean over the observed targets of a batch and nothing is drawn: several ranks can then share a batch.
+    """
+
+    splits: ClassVar[bool] = False
 
     @abstractmethod
     def step(self, batch: Batch, generator: Callable[[], torch.Generator]) -> tuple[Tensor, Encoding]:

@@ -12,14 +12,17 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import safetensors.torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
 from torch import Tensor
 
 from fedcast.errors import CheckpointError, ModelError
 from fedcast.models.base import ModelConfig
+from fedcast.safe import UnsafeError, read_json_file
+from fedcast.tensors import check_file, read_file
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+_READ_BY_LIBRARIES = (CONFIG, f"{WEIGHTS}.index.json", "generation_config.json", "adapter_config.json")
+_INDEX_LIMIT = 1 << 24
 
 
 class Document(BaseModel):
@@ -115,11 +118,51 @@ def read_config(folder: Path, keys: Mapping[str, Any]) -> ModelConfig:
 
 
 def _read_json(path: Path) -> Any:
-    content = _read_bytes(path)
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: it is not JSON", hint=_AGAIN) from error
+        return read_json_file(inside(path))
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except UnsafeError as error:
+        raise CheckpointError(f"{path} is damaged: {error}", hint=_AGAIN) from error
+
+
+def inside(path: Path) -> Path:
+    """Return where a file of a model folder lies, links followed; :class:`CheckpointError` when that is outside the folder.
+
+    A folder in the cache of the Hugging Face hub holds links to the files beside it, which are followed.
+    """
+    folder = path.parent.resolve()
+    try:
+        found = path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is a link that leads nowhere", hint=_AGAIN) from error
+    cached = folder.parent.name == "snapshots" and found.is_relative_to(folder.parent.parent / "blobs")
+    if not (cached or found.is_relative_to(folder)):
+        raise CheckpointError(
+            f"{path} is a link that leads out of its folder", hint="copy the file into the folder, if it is to be trusted"
+        )
+    return found
+
+
+def check_folder(folder: Path) -> None:
+    """Check a model folder that a library is about to read.
+
+    Raises
+    ------
+    CheckpointError
+        When something in it is a link that leads out of it, or the header of a safetensors file or a JSON file is refused.
+    """
+    for path in sorted(folder.iterdir()):
+        found = inside(path)
+        try:
+            if path.suffix == ".safetensors" and not found.is_dir():
+                check_file(found)
+            elif path.name in _READ_BY_LIBRARIES and not found.is_dir():
+                read_json_file(found, _INDEX_LIMIT)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        except UnsafeError as error:
+            raise CheckpointError(f"{path} is damaged: {error}", hint=_AGAIN) from error
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -129,25 +172,23 @@ def _write(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        reason = "does not exist" if isinstance(error, FileNotFoundError | NotADirectoryError) else f"cannot be read: {error.strerror}"
-        raise CheckpointError(f"{path} {reason}", hint="give the folder that save_pretrained wrote, or a run folder with final/") from error
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    reason = "does not exist" if isinstance(error, FileNotFoundError | NotADirectoryError) else f"cannot be read: {error.strerror}"
+    return CheckpointError(f"{path} {reason}", hint="give the folder that save_pretrained wrote, or a run folder with final/")
 
 
 def read_weights(path: Path, digest: str | None = None) -> dict[str, Tensor]:
     """Read a safetensors file; :class:`CheckpointError` when it is missing, damaged, or its SHA-256 is not ``digest``."""
-    content = _read_bytes(path)
     hint = "copy the model folder again; the two files belong together"
-    if digest is not None and hashlib.sha256(content).hexdigest() != digest:
-        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in {CONFIG}", hint=hint)
     try:
-        # a copy lies where torch lays its own tensors: products can round differently at another alignment
-        return {name: tensor.clone() for name, tensor in safetensors.torch.load(content).items()}
-    except (SafetensorError, ValueError, KeyError) as error:
+        content = read_file(inside(path), digest=digest is not None)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except UnsafeError as error:
         raise CheckpointError(f"{path} is damaged: {error}", hint=hint) from error
+    if digest is not None and content.sha256 != digest:
+        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in {CONFIG}", hint=hint)
+    return content.tensors
 
 
 def check_tensors(folder: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:

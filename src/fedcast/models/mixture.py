@@ -21,6 +21,7 @@ from fedcast.models.architectures import build_model
 from fedcast.models.base import QUANTILES, Forecast, ModelConfig, Output
 from fedcast.models.files import Document, check_tensors, read_config, read_model, write_model
 from fedcast.models.patch import Encoded, PatchTransformer, roll
+from fedcast.safe import UnsafeError, check_name
 
 FORMAT = "fedcast.domain_mixture"
 POWER = 10.0
@@ -200,6 +201,11 @@ class DomainMixture(nn.Module):
         encoder = [key for key in expected if key.startswith("encoder.")]
         if len(set(document.experts)) < len(document.experts):
             raise CheckpointError(f"{path} names an expert twice", hint="save the model again with this version of fedcast")
+        try:
+            for name in document.experts:
+                check_name(name)
+        except UnsafeError as error:
+            raise CheckpointError(f"{path} is refused at experts: {error}", hint="give experts the names of sites") from error
         first, *others = document.experts
         one = all(f"{name}/{key}" not in state for name in others for key in encoder)
         wanted = {

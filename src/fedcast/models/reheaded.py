@@ -136,6 +136,7 @@ class Reheaded(OwnLossModel):
     """
 
     quantiles: ClassVar[str] = "none"
+    splits: ClassVar[bool] = True
     config: ReheadedConfig
 
     def __init__(self, base: Model, config: ReheadedConfig, network: nn.Module) -> None:

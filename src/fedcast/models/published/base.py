@@ -22,11 +22,14 @@ from fedcast.data.windows import Batch
 from fedcast.errors import MissingExtraError, ModelError
 from fedcast.models.base import Forecast
 from fedcast.models.contract import Encoding, OwnLossModel
+from fedcast.safe import UnsafeError, read_json_file
 
 __all__ = ["FAMILIES", "Encoding", "Library", "Published", "PublishedConfig", "missing_as_nan", "read_json"]
 
 FAMILIES: dict[str, type[Published]] = {}
 """Adapters by the name of their model family."""
+
+_LARGEST = 1 << 24  # bytes: an index of many files of weights is longer than any configuration
 
 
 @dataclass(frozen=True)
@@ -245,8 +248,8 @@ def missing_as_nan(values: Tensor, mask: Tensor) -> Tensor:
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object from a file; an empty one where the file is missing or holds something else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json_file(path.resolve(), _LARGEST)
+    except (OSError, RuntimeError, UnsafeError):
         return {}
     return content if isinstance(content, dict) else {}
 

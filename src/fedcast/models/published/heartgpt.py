@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fedcast.data.windows import Batch
@@ -20,6 +19,8 @@ from fedcast.models.layers import observed_mean
 from fedcast.models.published.base import Library, Published, PublishedConfig, read_json, write_json
 from fedcast.models.published.pretrained import save_weights
 from fedcast.models.seeding import seeded
+from fedcast.safe import UnsafeError
+from fedcast.tensors import check_file
 
 _LEVELS = 100  # the range of the context is cut into as many steps
 _PATHS = 20
@@ -219,9 +220,8 @@ class HeartGPT(Published):
         if path.suffix != ".safetensors" or not path.is_file():
             return False
         try:
-            with safe_open(path, framework="pt") as content:
-                return {"token_embedding_table.weight", "position_embedding_table.weight"} <= set(content.keys())
-        except (SafetensorError, OSError):
+            return {"token_embedding_table.weight", "position_embedding_table.weight"} <= check_file(path)
+        except (UnsafeError, OSError):
             return False
 
     @classmethod

@@ -42,6 +42,7 @@ class PatchModel(Published):
     """
 
     fixed: ClassVar[bool] = False
+    splits: ClassVar[bool] = True
 
     @abstractmethod
     def one_pass(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,13 +13,14 @@ from typing import Any, Self, cast
 
 import safetensors.torch
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from fedcast.errors import CheckpointError
-from fedcast.models.files import CONFIG, WEIGHTS, check_tensors, read_weights
+from fedcast.models.files import CONFIG, WEIGHTS, check_tensors, inside, read_weights
 from fedcast.models.published.base import Published, read_json
 from fedcast.models.seeding import GLOBAL_STATE, seeded
+from fedcast.safe import shown
+from fedcast.tensors import check_file
 
 
 class TransformersModel(Published):
@@ -68,8 +69,7 @@ def read_network(kind: Any, folder: Path) -> nn.Module:
     """
     stored: set[str] = set()
     for file in _weight_files(folder):
-        with safe_open(file, framework="pt") as content:
-            stored.update(content.keys())
+        stored |= check_file(inside(file))
     _check_config(folder)
     with seeded(0), _quietly():
         network, info = kind.from_pretrained(
@@ -111,8 +111,8 @@ def _weight_files(folder: Path) -> list[Path]:
     shards = read_json(index).get("weight_map", {}) if index.is_file() and not (folder / WEIGHTS).is_file() else {}
     names = sorted({str(name) for name in shards.values()}) if isinstance(shards, dict) and shards else [WEIGHTS]
     for name in names:
-        if Path(name).name != name:
-            raise CheckpointError(f"{index} names a file outside its folder: {name}", hint="fetch the checkpoint again")
+        if Path(name).name != name or not name.isprintable():
+            raise CheckpointError(f"{index} names a file outside its folder: {shown(name)}", hint="fetch the checkpoint again")
         if not (folder / name).is_file():
             raise CheckpointError(
                 f"{folder} has no weights in a safetensors file {name}",

@@ -37,6 +37,7 @@ class Sundial(AuthorsDecoder, QuantileModel):
     hub: ClassVar[tuple[str, ...]] = ("thuml/sundial-base-128m",)
     heads: ClassVar[tuple[str, ...]] = ("flow_loss.",)
     quantiles: ClassVar[str] = "sampled"
+    splits: ClassVar[bool] = False
 
     @classmethod
     def tiny_settings(cls) -> Any:
