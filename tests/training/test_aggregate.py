@@ -23,6 +23,7 @@ from fedcast.training.aggregate import (
     StreamingMean,
     Vectors,
     krum,
+    length,
     median,
     pairwise_cosines,
     pairwise_distances,
@@ -266,3 +267,10 @@ def test_when_the_mean_is_taken_then_it_lies_in_no_more_memory_than_it_needs() -
     vector = mean.means()["shared"]
     assert vector.untyped_storage().nbytes() == 4 * 1_000_001
     assert vector.eq(0.1).all()
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**16, 2**21 + 5])
+def test_when_a_vector_is_long_then_its_length_is_right_to_six_digits(size: int) -> None:
+    vector = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    assert length(vector) == pytest.approx(float(np.linalg.norm(vector.double().numpy())), rel=1e-6)
+    assert length(vector * 1e30) == pytest.approx(1e30 * length(vector), rel=1e-5)

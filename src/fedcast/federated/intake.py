@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -11,10 +12,13 @@ import torch
 from torch import Tensor
 
 from fedcast.errors import ScreenError
-from fedcast.federated.messages import Reply, screen
+from fedcast.federated.gate import Gate
+from fedcast.federated.messages import Reply
 from fedcast.methods.base import MODEL_PARTS, Method, Server, Update
 from fedcast.training.aggregate import StreamingMean
 
+LATE = "no reply before the deadline"
+"""Why a site that never answered is not part of a round."""
 IN_MEMORY = 2**30
 """Bytes of weights of one round's replies that are kept in memory."""
 
@@ -36,6 +40,8 @@ class Intake:
         Tensors that a reply must hold, with their shapes.
     folder
         Where a folder for such files may be made.
+    gate
+        What replies pass on their way in; the screen of every run where none is given.
 
     Attributes
     ----------
@@ -45,14 +51,21 @@ class Intake:
         Bytes of all tensors that arrived.
     """
 
-    def __init__(self, method: Method, samples: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
-        self._method, self._shapes = method, shapes
+    def __init__(
+        self, method: Method, samples: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], folder: Path, gate: Gate | None = None
+    ) -> None:
+        self._method = method
+        self._gate = gate or Gate(None, shapes, {})
         self._awaited = dict(samples)
         sizes = {name: shapes[name][0] for name in MODEL_PARTS if name in shapes}
-        self._mean = StreamingMean(sizes, sum(samples.values())) if method.streams and sizes else None
+        self._accumulator = self._gate.accumulator
+        streams = self._accumulator is None and method.streams and sizes and not self._gate.ruled
+        self._mean = StreamingMean(sizes, sum(samples.values())) if streams else None
         self._folder: TemporaryDirectory[str] | None = None
-        if self._mean is None and 4 * sum(sizes.values()) * len(samples) > IN_MEMORY:
+        if not self._forgets and 4 * sum(sizes.values()) * len(samples) > IN_MEMORY:
             folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob("replies-*/"):
+                rmtree(left)  # of a process that was killed
             self._folder = TemporaryDirectory(prefix="replies-", dir=folder)
         self._keeps_private = "private" in shapes and method.unseen() != "shadow"
         self._updates: dict[str, Update] = {}
@@ -67,17 +80,18 @@ class Intake:
             return
         declared = self._awaited.pop(site)
         self.nbytes += reply.nbytes
-        tensors = reply.tensors
         try:
-            screen(reply, self._shapes, largest_samples=declared)
-            if self._mean is not None:
+            tensors = self._gate.admit(site, reply, declared)
+            if self._accumulator is not None:
+                self._accumulator.add(site, tensors, reply.meta["samples"])
+            elif self._mean is not None:
                 self._mean.add(tensors, reply.meta["samples"])
         except ScreenError as error:
             self._refused[site] = error.message
             return
         if self._keeps_private:
             self._experts[site] = tensors["private"]
-        if self._mean is not None:
+        if self._forgets:
             tensors = {name: tensor for name, tensor in tensors.items() if name not in MODEL_PARTS}
         elif self._folder is not None:
             tensors = {name: self._on_disk(tensor, f"{len(self.meta)}-{name}") for name, tensor in tensors.items()}
@@ -85,9 +99,14 @@ class Intake:
         self.meta[site] = reply.meta
 
     @property
+    def _forgets(self) -> bool:
+        """Whether the model's vectors are added up as they arrive, and not kept."""
+        return self._accumulator is not None or self._mean is not None
+
+    @property
     def dropped(self) -> dict[str, str]:
         """Why sites are not part of the round, in the order of their names."""
-        late = dict.fromkeys(self._awaited, "no reply before the deadline")
+        late = dict.fromkeys(self._awaited, LATE)
         return dict(sorted((self._refused | late).items()))
 
     def answers(self, prefix: str) -> dict[str, dict[str, Tensor]]:
@@ -98,12 +117,13 @@ class Intake:
     def aggregate(self, server: Server) -> None:
         """Bring the round into the server's state and let go of the vectors."""
         updates = [update for _, update in sorted(self._updates.items())]
-        if self._mean is None:
+        summed = self._accumulator or self._mean
+        if summed is None:
             self._method.aggregate(server, updates)
         else:
-            server.settle(self._mean.means(), {update.site: float(update.samples) for update in updates})
+            server.settle(summed.means(), {update.site: float(update.samples) for update in updates})
         server.experts |= self._experts
-        self._mean, self._updates, self._experts = None, {}, {}
+        self._mean, self._accumulator, self._updates, self._experts = None, None, {}, {}
         if self._folder is not None:
             self._folder.cleanup()
 

@@ -322,10 +322,20 @@ class Method:
         server.settle(means, {update.site: weight for update, weight in zip(updates, weights, strict=True)})
 
     @property
+    def averages(self) -> bool:
+        """Whether all that the server takes over from replies is means by :meth:`Server.mean`, in whose place a robust rule may stand."""
+        return True
+
+    @property
     def streams(self) -> bool:
         """Whether the server may average replies as they arrive, weighted by training points, and keep none of them."""
         cls = type(self)
         return cls.aggregate is Method.aggregate and cls.combine is Method.combine
+
+    @property
+    def splits(self) -> bool:
+        """Whether the loss of a batch is the task's alone, so that several ranks may share one (:mod:`fedcast.training.ranks`)."""
+        return type(self).local_loss is Method.local_loss
 
 
 def build_method(spec: MethodSpec) -> Method:

@@ -201,6 +201,11 @@ class FedAl(Method):
         """Send the shared weights and, from round 2 on, the global bias."""
         return {**super().message(server, site), **{name: server.tensors[name] for name in ("bias",) if name in server.tensors}}
 
+    @property
+    def averages(self) -> bool:
+        """Whether the server trains on no core-sets of the sites."""
+        return not (self.gbe and self.coreset > 0)
+
     def aggregate(self, server: Server, updates: Sequence[Update]) -> None:
         """Take the mean weighted by training points, renew the global bias (its weights are reconstructed), and eliminate global bias."""
         before, samples = server.shared, [float(update.samples) for update in updates]

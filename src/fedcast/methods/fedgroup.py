@@ -44,6 +44,11 @@ class FedGroup(Method):
         """Return the group of a site: the first one with a pattern that fits its name."""
         return next((pattern for pattern in self.groups if fnmatchcase(site, pattern)), REST)
 
+    @property
+    def averages(self) -> bool:
+        """Whether no group, which may be a single site, has means of its own."""
+        return self.apart == "nothing"
+
     def aggregate(self, server: Server, updates: Sequence[Update]) -> None:
         """Average over all sites; parts that are kept apart over the sites of each group, whose sites have them from then on."""
         points = {update.site: float(update.samples) for update in updates}

@@ -46,7 +46,6 @@ from fedcast.models.base import QUANTILES, ModelConfig, Output
 from fedcast.models.contract import ModelShape
 from fedcast.spec import ModelSpec
 from fedcast.tasks.forecast import pinball
-from fedcast.training.aggregate import Vectors, weighted_mean
 
 _HEADS = 8
 _BEND = 0.1  # where the smooth L1 loss turns from quadratic to linear
@@ -175,6 +174,11 @@ class FedPM(Method):
             return {"shared": server.shared}
         return super().message(server, site)
 
+    @property
+    def averages(self) -> bool:
+        """Whether the memory is a row-wise mean; clusters of prototypes are none."""
+        return self.aggregation == "fedavg"
+
     def aggregate(self, server: Server, updates: Sequence[Update]) -> None:
         """Make a memory for each site out of all uploads, and log what became of the prototypes; who sent none keeps its own."""
         uploads = [update.tensors["shared"] for update in updates]
@@ -188,7 +192,7 @@ class FedPM(Method):
             server.own |= {update.site: upload for update, upload in zip(updates, uploads, strict=True)}
             return
         if self.aggregation == "fedavg":
-            server.shared = weighted_mean(Vectors(uploads), [float(update.samples) for update in updates])
+            server.shared = server.mean("shared", updates, [float(update.samples) for update in updates])
             return
         # Rounded first: 0.29 * 100 is a little less than 29 in floating point.
         most = floor(round(self.gamma * self.prototypes, 9))

@@ -33,6 +33,11 @@ class FedProx(Method):
         loss, _ = client.task_loss(batch)
         return 2 * loss if self.as_released else loss
 
+    @property
+    def splits(self) -> bool:
+        """True: the loss is the task's, or twice that."""
+        return True
+
     def correction(self, client: Client) -> Tensor | None:
         """Return the gradient of the proximal term, ``mu * (w - w_round)``; 0 for weights that stay."""
         if self.as_released or self.mu == 0:

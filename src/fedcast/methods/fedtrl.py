@@ -155,6 +155,11 @@ class FedTRL(Method):
             tensors["prototype"] = server.tensors["prototype"]
         return tensors
 
+    @property
+    def averages(self) -> bool:
+        """No: prototypes choose the weights, and the barycentre is their weighted mean."""
+        return False
+
     def aggregate(self, server: Server, updates: Sequence[Update]) -> None:
         """Average encoders with entropy-regularised weights and renew the barycentre (fedtrl.md A4, reconstructed)."""
         prototypes = torch.stack([u.tensors["prototype"] for u in updates]).double()  # [K, d]

@@ -26,5 +26,10 @@ class Local(Method):
         """Keep everything at its site."""
         return False
 
+    @property
+    def averages(self) -> bool:
+        """No: the server takes nothing over."""
+        return False
+
     def aggregate(self, server: Server, updates: Sequence[Update]) -> None:
         """Do nothing."""

@@ -59,6 +59,11 @@ class Scaffold(Method):
         """Declare the server's control variate."""
         return {"control": (shape.shared_size,)}
 
+    @property
+    def averages(self) -> bool:
+        """No: the control variate moves by the sum of what sites send."""
+        return False
+
     def aggregate(self, server: Server, updates: Sequence[Update]) -> None:
         """Move along the mean update, and the control variate by the sites' moves over all sites (line 16 and 17)."""
         before, control = server.shared, self._control(server)

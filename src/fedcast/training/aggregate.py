@@ -250,7 +250,7 @@ def weighted_mean(rows: Rows, weights: Sequence[float]) -> Tensor:
         When no row has a weight.
     """
     mass, mean = _mass(weights), torch.empty(rows.size)
-    for start, stop, block in _blocks(rows):
+    for start, stop, block in blocks(rows):
         total, term = torch.zeros(stop - start, dtype=torch.float64), torch.empty(stop - start, dtype=torch.float64)
         for row, weight in zip(block, weights, strict=True):
             total.add_(term.copy_(row).mul_(weight))
@@ -294,17 +294,17 @@ def median(rows: Rows) -> Tensor:
 
 def pairwise_cosines(rows: Rows) -> Tensor:
     """Return the cosine of every pair of rows, float64 ``[n, n]``; 0 where a row is all zero."""
-    gram = _gram(rows, centred=False)
-    norms = gram.diagonal().sqrt()
-    return torch.where(gram == 0, gram, gram / torch.outer(norms, norms)).clamp_(-1, 1)
+    products = gram(rows, centred=False)
+    norms = products.diagonal().sqrt()
+    return torch.where(products == 0, products, products / torch.outer(norms, norms)).clamp_(-1, 1)
 
 
 def pairwise_distances(rows: Rows) -> Tensor:
     """Return the Euclidean distance of every pair of rows, float64 ``[n, n]``."""
-    # Rows of weights differ little from one another: without their common mean, no digits are lost in the differences of the Gram matrix.
-    gram = _gram(rows, centred=True)
-    squares = gram.diagonal()
-    return (squares[:, None] + squares[None, :] - 2 * gram).clamp_min_(0).fill_diagonal_(0).sqrt()
+    # Rows of weights differ little from one another: without what they share, no digits are lost in the differences of the Gram matrix.
+    products = gram(rows, centred=True)
+    squares = products.diagonal()
+    return (squares[:, None] + squares[None, :] - 2 * products).clamp_min_(0).fill_diagonal_(0).sqrt()
 
 
 def krum(rows: Rows, malicious: int, keep: int = 1) -> tuple[Tensor, list[int]]:
@@ -338,6 +338,16 @@ def krum(rows: Rows, malicious: int, keep: int = 1) -> tuple[Tensor, list[int]]:
     nearest = pairwise_distances(rows).square().sort(dim=1).values[:, 1 : rows.n - malicious - 1]
     chosen = sorted(nearest.sum(1).sort(stable=True).indices[:keep].tolist())
     return weighted_mean(rows, [float(number in chosen) for number in range(rows.n)]), chosen
+
+
+def length(vector: Tensor) -> float:
+    """Return the Euclidean length of a float32 vector ``[size]``: chunks in float32, their sum in float64.
+
+    :func:`torch.linalg.vector_norm` is off by 2e-4 for 8M values, since it adds up in float32.
+    """
+    squares = math.fsum(float(torch.dot(chunk, chunk)) for chunk in torch.split(vector, _CHUNK))
+    # Squares of values that float32 holds may be too large for it.
+    return math.sqrt(squares) if math.isfinite(squares) else float(torch.linalg.vector_norm(vector, dtype=torch.float64))
 
 
 def _add_rounded(total: Tensor, vector: Tensor, scale: float, term: Tensor) -> None:
@@ -377,7 +387,7 @@ def _mass(weights: Sequence[float]) -> float:
     return mass
 
 
-def _blocks(rows: Rows) -> Iterator[tuple[int, int, Tensor]]:
+def blocks(rows: Rows) -> Iterator[tuple[int, int, Tensor]]:
     """Yield start, stop and the columns between them, float32 ``[n, stop - start]``, in a buffer that is used again."""
     width = min(max(_BLOCK // max(rows.n, 1), _NARROWEST), _CHUNK, rows.size)
     buffer = torch.empty(rows.n, width)
@@ -388,21 +398,28 @@ def _blocks(rows: Rows) -> Iterator[tuple[int, int, Tensor]]:
         yield start, stop, block
 
 
-def _gram(rows: Rows, *, centred: bool) -> Tensor:
-    """Return the inner products of all rows, float64 ``[n, n]``, with the rows' mean taken off if ``centred``."""
-    gram = torch.zeros(rows.n, rows.n, dtype=torch.float64)
-    for _, _, block in _blocks(rows):
-        if centred:
-            block -= block.mean(0)
-        gram += block @ block.T
-    return gram
+def gram(rows: Rows, *, centred: bool) -> Tensor:
+    """Return the inner products of all rows, float64 ``[n, n]``; if ``centred``, of the rows as seen from one of them.
+
+    That one is the shortest, block by block, and not the mean: one huge row would lead the mean so far away that the differences of the
+    others were lost in rounding, and whoever sends it beside a second row could hide that one among them.
+    """
+    products = torch.zeros(rows.n, rows.n, dtype=torch.float64)
+    for _, _, block in blocks(rows):
+        if not centred:
+            products += block @ block.T
+        elif rows.n:
+            part = block.double()
+            part -= part[int(part.square().sum(1).argmin())].clone()
+            products += part @ part.T
+    return products
 
 
 def _mean_of_ranks(rows: Rows, low: int, high: int) -> Tensor:
     """Return the mean of each column's sorted values ``low`` to ``high``, float32 ``[size]``."""
     mean = torch.empty(rows.size)
     pick = _by_network if rows.n <= _NETWORK_ROWS else _by_sorting
-    for start, stop, block in _blocks(rows):
+    for start, stop, block in blocks(rows):
         mean[start:stop] = pick(block, low, high)
     return mean
 

@@ -45,6 +45,7 @@ def train(
     steps: int,
     rate: Callable[[int], float],
     correction: Callable[[], Tensor | None] = lambda: None,
+    backward: Callable[[Batch], Tensor | None] = lambda _: None,
 ) -> TrainingRecord:
     """Take ``steps`` steps.
 
@@ -62,6 +63,8 @@ def train(
         Learning rate of a local step.
     correction
         What is added to the gradient of each step, float32 ``[size]``; called after the backward pass.
+    backward
+        Computes a step's gradient in place of the backward pass and returns its loss; ``None``: it does not.
     """
     losses: list[Tensor] = []
     seconds = 0.0
@@ -69,8 +72,10 @@ def train(
         batch = next(batches)
         start = time.perf_counter()
         parameters.gradient.zero_()
-        value = loss(batch)
-        value.backward()  # type: ignore[no-untyped-call]
+        value = backward(batch)
+        if value is None:
+            value = loss(batch)
+            value.backward()  # type: ignore[no-untyped-call]
         optimiser.step(rate(step), correction())
         losses.append(value.detach())
         seconds += time.perf_counter() - start

@@ -3,5 +3,7 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
+from fedcast.federated.guards.base import Guards as Guards
+
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")

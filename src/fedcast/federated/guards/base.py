@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedcast.data.windows import Batch
+from fedcast.data.windows import Batch, Windows, WindowSampler
+from fedcast.errors import ScreenError, SpecError
 from fedcast.federated.messages import Reply, Task
 from fedcast.methods.base import Mean, Server
+from fedcast.models.contract import Model
 from fedcast.registry import build, register
 from fedcast.spec import GuardSpec
 from fedcast.training.flat import FlatParameters
@@ -44,7 +46,8 @@ class Outgoing:
     tensors
         What will travel, on the CPU; changed in place.
     received
-        What the site began from, on the CPU; ``"shared"`` are the shared weights before its steps.
+        What the site began from, on the CPU; ``"shared"`` are the shared weights before its steps, ``"guard.<name>.x"`` what the
+        guard's server side sent along.
     samples
         What the site weighs in means.
     meta
@@ -72,6 +75,43 @@ class Outgoing:
 
 
 @dataclass
+class LocalSteps:
+    """The training steps of one task at a site, for a guard that takes them itself (:attr:`Guard.takes_steps`).
+
+    Attributes
+    ----------
+    model
+        The model in its compute precision.
+    parameters
+        Flat weights and gradients.
+    loss
+        Scalar loss of a batch.
+    sampler
+        The site's training windows.
+    size
+        Windows a step.
+    rng
+        Seeded by run, site, round and guard.
+    memory
+        What the guard keeps at this site while the process lives.
+    simulated
+        Whether all sites are on one machine.
+    scratch
+        What the guard keeps for this task.
+    """
+
+    model: Model
+    parameters: FlatParameters
+    loss: Callable[[Batch], Tensor]
+    sampler: WindowSampler
+    size: int
+    rng: np.random.Generator
+    memory: dict[str, Any]
+    simulated: bool
+    scratch: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class Arrival:
     """A training reply that reached the server.
 
@@ -87,6 +127,10 @@ class Arrival:
         What the site had been sent.
     samples
         What the site may weigh at most.
+    initial
+        The model's weights before any training, float32 ``[size]``, shared ones first.
+    memory
+        What guards keep at the server in this round: :attr:`GuardRound.memory`.
     """
 
     site: str
@@ -94,6 +138,8 @@ class Arrival:
     meta: Mapping[str, Any]
     sent: Mapping[str, Tensor]
     samples: int
+    initial: Tensor = field(default_factory=lambda: torch.zeros(0))
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -118,6 +164,12 @@ class GuardRound:
         Whether all sites are on one machine.
     exchange
         Sends one task a site and returns the replies that came before the deadline, by site.
+    taken
+        The sites whose replies are part of the round, sorted; known from the aggregation on.
+    run
+        The run's fingerprint.
+    memory
+        What guards keep at the server from one hook of this round to the next, by name.
     """
 
     number: int
@@ -129,6 +181,9 @@ class GuardRound:
     folder: Path
     simulated: bool
     exchange: Callable[[Mapping[str, Task]], dict[str, Reply]]
+    taken: Sequence[str] = ()
+    run: str = ""
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 class Accumulator(Protocol):
@@ -166,11 +221,23 @@ class Guard:
     def check(self, plan: Plan, guards: Sequence[Guard]) -> None:
         """Refuse by :class:`~fedcast.errors.SpecError` what does not go together, before data are read; ``guards`` is the whole list."""
 
-    def backward(
-        self, loss: Callable[[Batch], Tensor], batch: Batch, parameters: FlatParameters, rng: np.random.Generator
-    ) -> Tensor | None:
-        """Compute the gradient of a training step into ``parameters`` and return the loss; ``None`` leaves it to the training loop."""
-        return None
+    def check_sites(self, plan: Plan, sites: Sequence[str]) -> None:
+        """Refuse by :class:`~fedcast.errors.SpecError` a run whose training sites, by name, are too few or not the right ones."""
+
+    @property
+    def takes_steps(self) -> bool:
+        """Whether it draws the windows of a site's training steps and computes their gradients itself."""
+        return False
+
+    def draw(self, steps: LocalSteps) -> Windows:
+        """Return the windows of one training step, where :attr:`takes_steps` is True."""
+        return steps.sampler.draw(steps.size, steps.rng)
+
+    def backward(self, steps: LocalSteps, batch: Batch) -> Tensor:
+        """Compute the gradient of one training step into ``steps.parameters``, where :attr:`takes_steps` is True; return the loss."""
+        loss = steps.loss(batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
 
     def encode(self, outgoing: Outgoing) -> None:
         """Change a reply at its site before it leaves."""
@@ -180,8 +247,18 @@ class Guard:
         return shapes
 
     def begin(self, round: GuardRound) -> dict[str, dict[str, Tensor]]:
-        """Prepare a round at the server; return tensors to send with the task, by site."""
+        """Prepare a round at the server; return tensors to send with the task, by site.
+
+        Such a tensor ``x`` reaches the site as ``guard.<name>.x``, beside what the method sends.
+        """
         return {}
+
+    def pack(self, tasks: Mapping[str, Task]) -> Mapping[str, Task]:
+        """Change what travels to the sites in a round, by site; ``decode`` and ``inspect`` still see what it stands for as ``sent``."""
+        return tasks
+
+    def unpack(self, tensors: dict[str, Tensor]) -> None:
+        """Undo ``pack`` at a site, in place; :class:`~fedcast.errors.ScreenError` refuses the task."""
 
     def decode(self, arrival: Arrival) -> None:
         """Undo ``encode`` at the server; :class:`~fedcast.errors.ScreenError` drops the reply."""
@@ -193,8 +270,8 @@ class Guard:
         """Return what adds up the replies of this round in place of the streaming mean."""
         return None
 
-    def mean(self, server: Server) -> Mean | None:
-        """Return the rule that takes the place of the weighted mean."""
+    def mean(self, round: GuardRound) -> Mean | None:
+        """Return the rule that takes the place of the weighted mean in this round."""
         return None
 
     def finish(self, round: GuardRound, before: Tensor) -> None:
@@ -221,5 +298,70 @@ class Guards:
 
     @classmethod
     def of(cls, specs: Sequence[GuardSpec]) -> Guards:
-        """Return the guards a spec lists, their options checked; see :func:`fedcast.registry.build`."""
+        """Return the guards a spec lists, their options checked; see :func:`fedcast.registry.build`.
+
+        Raises
+        ------
+        SpecError
+            When a guard is listed twice: its state would be one.
+        """
+        names = [spec.name for spec in specs]
+        for name in names:
+            if names.count(name) > 1:
+                raise SpecError(f"the guard {name!r} is listed twice", hint="list every guard once")
         return cls(tuple(build("guard", spec.name, spec.options, GUARDS, help=f"see `fedcast guards {spec.name}`") for spec in specs))
+
+    def named(self, name: object) -> Guard:
+        """Return the guard of that name; :class:`~fedcast.errors.ScreenError` where the run has none."""
+        for guard in self.guards:
+            if guard.name == name:
+                return guard
+        raise ScreenError("the task is for a guard that this run has not", hint="check that both sides run the same spec")
+
+    def overriding(self, hook: str) -> tuple[Guard, ...]:
+        """Return the guards that have a hook of that name of their own."""
+        return tuple(guard for guard in self.guards if getattr(type(guard), hook) is not getattr(Guard, hook))
+
+    @property
+    def stepping(self) -> Guard | None:
+        """The guard that takes the training steps itself, if there is one."""
+        return next((guard for guard in self.guards if guard.takes_steps), None)
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what a round's task holds after every guard's ``unpack``, in reverse order."""
+        unpacked = dict(tensors)
+        for guard in reversed(self.guards):
+            guard.unpack(unpacked)
+        return unpacked
+
+    def rule(self, round: GuardRound) -> Mean | None:
+        """Return the rule that takes the place of the weighted mean in this round, if there is one."""
+        rules = (guard.mean(round) for guard in self.guards)
+        return next((rule for rule in rules if rule is not None), None)
+
+    def check(self, plan: Plan) -> None:
+        """Refuse what does not go together, before data are read.
+
+        Raises
+        ------
+        SpecError
+            Naming the guards, or the guard and what it does not go with.
+        """
+        sums = {guard.name for hook in ("mean", "accumulator") for guard in self.overriding(hook)}
+        for rivals in (sorted(sums), sorted(guard.name for guard in self if guard.takes_steps)):
+            if len(rivals) > 1:
+                raise SpecError(f"the guards {' and '.join(rivals)} would take each other's place", hint="list one of them")
+        keeps_private = plan.method.unseen() != "shadow" and plan.method.exports() != "never" and plan.layout.private_size > 0
+        for guard in self.overriding("accumulator"):
+            if not plan.method.streams or keeps_private:
+                raise SpecError(
+                    f"the guard {guard.name!r} adds replies up unseen, and method {plan.method.name!r} needs each site's own",
+                    hint="choose a method that takes means alone, such as fedavg",
+                )
+        for guard in self.guards:
+            guard.check(plan, self.guards)
+
+
+def prefix_of(guard: Guard) -> str:
+    """Return what the names of a guard's tensors begin with, in tasks, in a site's state and in the server's."""
+    return f"guard.{guard.name}."
