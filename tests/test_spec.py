@@ -58,6 +58,9 @@ def test_when_values_are_overridden_then_they_are_read_as_toml_or_as_text() -> N
         ("name.first=x", SpecError, "is a value, not a section"),
         ("model.size=huge", SpecError, "model.size = 'huge' is refused"),
         ("name=../../elsewhere", SpecError, "is refused"),
+        ("guards='clip'", SpecError, "guards = 'clip' is refused: Input should be a list"),
+        ("guards=['clip']", SpecError, "guards.0 = 'clip' is refused: Input should be a table"),
+        ("guards=[{norm=1.0}]", SpecError, "guards.0.name is missing"),
     ],
 )
 def test_when_an_override_is_wrong_then_the_key_is_named(assignment: str, error: type[SpecError], said: str) -> None:
@@ -81,6 +84,8 @@ def test_when_the_file_is_not_toml_then_the_line_is_named(tmp_path: Path) -> Non
 def test_when_only_name_or_fleet_differ_then_the_fingerprint_stays() -> None:
     base = RunSpec()
     assert parse_spec({}, ["name=other", "federation.fleet=processes", "federation.workers=8"]).fingerprint() == base.fingerprint()
+    # Who finds a deadline too short raises it and goes on.
+    assert parse_spec({}, ["federation.deadline_s=9", "federation.evaluation_deadline_s=9"]).fingerprint() == base.fingerprint()
     assert parse_spec({}, ["seed=1"]).fingerprint() != base.fingerprint()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from math import ceil
@@ -17,11 +18,24 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedcast.errors import SpecError, UnknownNameError
+from fedcast.safe import UnsafeError, opened
 
+_LARGEST = 1 << 18  # bytes of a spec
+_SHOWN = 200
+_IN_TOML = {"model_type": "Input should be a table", "tuple_type": "Input should be a list"}  # pydantic names Python's types
+_KEY_PARTS = 16
+_WORDS = re.compile(r"[\w-]++")
+# Strings of TOML and its comments, also unfinished ones, each in one pass over its text.
+_STRINGS = re.compile(
+    r'''"""(?:[^"\\]++|\\(?:.|\Z)|"(?!""))*+(?:"{3,5}|\Z)|'''
+    r"""'''(?:[^']++|'(?!''))*+(?:'{3,5}|\Z)|"""
+    r"""\"(?:[^"\\\n]++|\\.)*+"?|'[^'\n]*+'?|#[^\n]*+""",
+    re.DOTALL,
+)
 _LATER_KEYS = {
     "data": ("share",),
     "model": ("objective", "checkpoint"),
-    "training": ("products", "kernels", "device", "compile", "schedule_over"),
+    "training": ("products", "kernels", "device", "compile", "schedule_over", "ranks"),
     "federation": ("weights",),
     "evaluation": ("horizons", "conflict"),
 }
@@ -135,6 +149,7 @@ class TrainingSpec(_Section):
         "auto", description="what computes a block in bfloat16 on the CPU; 'auto': native where `fedcast machine --build` compiled it"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where models train and are scored; 'auto': CUDA where there is one")
+    ranks: int = Field(1, ge=1, description="processes that share a site's batches, one a device (docs/silo.md)")
     compile: bool = Field(False, description="compile the training step with torch.compile: needs a C++ compiler, and hardly pays on a CPU")
 
 
@@ -142,7 +157,7 @@ class FederationSpec(_Section):
     """The rounds and the fleet that carries them."""
 
     rounds: int = Field(20, ge=1, description="communication rounds")
-    local_steps: int = Field(50, ge=1, description="gradient steps a site and round")
+    local_steps: int = Field(50, ge=0, description="gradient steps a site and round; 0: weights come back as they are")
     local_epochs: float | None = Field(None, gt=0, description="passes over a site's training points a round, instead of local_steps")
     participation: float = Field(1.0, gt=0, le=1, description="share of sites selected each round")
     weights: Literal["samples", "equal"] = Field(
@@ -150,10 +165,18 @@ class FederationSpec(_Section):
     )
     quorum: float = Field(0.5, gt=0, le=1, description="share of selected sites whose replies must be usable")
     deadline_s: float | None = Field(None, gt=0, description="seconds after which a round closes without the missing replies")
+    evaluation_deadline_s: float | None = Field(
+        None, gt=0, description="seconds after which scores are no longer waited for; deadline_s where absent"
+    )
     fleet: Literal["threads", "processes", "flower"] = Field(
         "threads", description="worker threads in this process, worker processes, or the sites of a consortium (docs/consortium.md)"
     )
     workers: int = Field(2, ge=1, description="sites that work at the same time, one core each")
+
+    @property
+    def scoring_deadline_s(self) -> float | None:
+        """Seconds after which scores are no longer waited for."""
+        return self.deadline_s if self.evaluation_deadline_s is None else self.evaluation_deadline_s
 
     def selected(self, sites: int) -> int:
         """Return how many of ``sites`` take part in a round."""
@@ -194,7 +217,7 @@ class EvaluationSpec(_Section):
 class RunSpec(_Section):
     """One call = one spec -> one run folder."""
 
-    name: str = Field("run", min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run")
+    name: str = Field("run", min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run")
     seed: int = Field(0, ge=0, lt=2**31, description="seed of everything random")
     data: DataSpec = DataSpec()
     model: ModelSpec = ModelSpec()
@@ -203,7 +226,9 @@ class RunSpec(_Section):
     training: TrainingSpec = TrainingSpec()
     federation: FederationSpec = FederationSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
-    guards: tuple[GuardSpec, ...] = Field((), description="steps around the method, in order; see `fedcast guards`")
+    guards: tuple[GuardSpec, ...] = Field(
+        (), description='steps around the method, in order, such as [{name = "clip"}]; see `fedcast guards`'
+    )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the spec as a TOML-ready dict; ``None`` values are left out, since TOML has none."""
@@ -218,11 +243,11 @@ class RunSpec(_Section):
         return tomli_w.dumps(self.to_dict())
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 over everything that can change a trained byte (not name, fleet, workers)."""
+        """Return a SHA-256 over all that can change a trained byte: not name, fleet, workers or deadlines (rows say what came late)."""
         document = self.to_dict()
         del document["name"]
-        for key in ("fleet", "workers"):
-            del document["federation"][key]
+        for key in ("fleet", "workers", "deadline_s", "evaluation_deadline_s"):
+            document["federation"].pop(key, None)
         # Keys that came later: at their default a run of an older version is still the same run.
         if document["tuning"] == {"name": "full"}:
             del document["tuning"]
@@ -268,15 +293,39 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
     if not file.is_file():
         raise SpecError(f"no spec at {file}", hint="write one with `fedcast init SPEC.toml`, or check the path")
     try:
-        document = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SpecError(f"{file} is not TOML: {error}", hint="mend that line; strings need quotes") from error
+        with opened(file.resolve()) as (content, size):
+            if size > _LARGEST:
+                raise UnsafeError(f"{size} bytes, at most {_LARGEST} are read")
+            document = _toml(content.read(_LARGEST).decode("utf-8"))
+    except OSError as error:
+        raise SpecError(f"{file} cannot be read: {error.strerror}", hint="check the file's permissions") from error
+    except (ValueError, RecursionError) as error:
+        # Beside its own error tomllib lets others pass: for numbers of thousands of digits, and for brackets within brackets.
+        raise SpecError(f"{file} is not TOML: {_short(error)}", hint="mend that line; strings need quotes") from error
     return parse_spec(document, overrides, source=str(file))
+
+
+def _toml(text: str) -> dict[str, Any]:
+    """Read TOML; a key of n parts takes tomllib memory in the square of n, 60 GB for a file of 250 kB, so long ones are refused first."""
+    bare = _WORDS.sub("k", _STRINGS.sub(lambda found: "" if found[0].startswith("#") else "k", text))
+    if "k." * _KEY_PARTS in bare.replace(" ", "").replace("\t", ""):
+        raise UnsafeError(f"a key has more than {_KEY_PARTS} parts")
+    return tomllib.loads(text)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def parse_spec(document: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "spec") -> RunSpec:
     """Build a spec from a dict and overrides; see :func:`load_spec`."""
-    merged = json.loads(json.dumps(document, default=str))
+    try:
+        merged = json.loads(json.dumps(document, default=str))
+    except (ValueError, RecursionError) as error:
+        raise SpecError(
+            f"{source} cannot be read: {_short(error)}", hint="see `fedcast init --keys` for every key and what it takes"
+        ) from error
     for assignment in overrides:
         _assign(merged, assignment)
     try:
@@ -290,8 +339,8 @@ def _assign(document: dict[str, Any], assignment: str) -> None:
     if not equals or not key.strip():
         raise SpecError(f"cannot read the override {assignment!r}", hint="write key=value, such as federation.rounds=5")
     try:
-        value = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = _toml(f"value = {raw}")["value"]
+    except (ValueError, RecursionError):
         value = raw
     *path, leaf = key.strip().split(".")
     node = document
@@ -310,9 +359,10 @@ def _spec_error(error: ValidationError, source: str) -> SpecError:
         known = _known_keys(location[:-1])
         unknown = UnknownNameError.of("key", key, [".".join([*location[:-1], name]) for name in known])
         return UnknownNameError(f"{source}: {unknown.message}", hint=unknown.hint)
-    return SpecError(
-        f"{source}: {key} = {first['input']!r} is refused: {first['msg']}", hint="see `fedcast init --keys` for every key and what it takes"
-    )
+    hint = "see `fedcast init --keys` for every key and what it takes"
+    if first["type"] == "missing":
+        return SpecError(f"{source}: {key} is missing", hint=hint)
+    return SpecError(f"{source}: {key} = {_short(repr(first['input']))} is refused: {_IN_TOML.get(first['type'], first['msg'])}", hint=hint)
 
 
 def _known_keys(path: Sequence[str]) -> list[str]:

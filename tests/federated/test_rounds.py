@@ -6,6 +6,7 @@ import multiprocessing
 import time
 import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ class Meddling:
             if first.kind == "train" and first.round == self._round and site in self._spoil:
                 spoilt = self._spoil[site]
                 if spoilt is not None:
-                    yield site, spoilt
+                    yield site, replace(spoilt, task=reply.task)
             else:
                 yield site, reply
 
@@ -270,6 +271,9 @@ class Slow:
         """Answer after a second."""
         time.sleep(1.0)
         return Reply(meta={"samples": 1})
+
+    def give_up(self) -> None:
+        """Go on all the same."""
 
 
 def test_when_the_deadline_passes_then_the_fleet_returns_without_the_late_reply() -> None:

@@ -93,12 +93,16 @@ def test_when_methods_are_listed_then_each_parameter_has_its_default() -> None:
                 {
                     "name": "fedtrl",
                     "summary": "Aligned domains.",
-                    "parameters": [{"name": "tau", "type": "float | None", "default": None, "description": "temperature [auto]"}],
+                    "parameters": [
+                        {"name": "tau", "type": "float | None", "default": None, "description": "temperature [auto]"},
+                        {"name": "share", "type": "float", "default": 2 / 3, "description": ""},
+                        {"name": "keep", "type": "bool", "default": True, "description": ""},
+                    ],
                 }
             ]
         )
     )
-    for part in ("fedtrl", "Aligned domains.", "tau = None  (float | None)  temperature [auto]"):
+    for part in ("fedtrl", "Aligned domains.", "tau  (float | None)  temperature [auto]", "share = 0.6667  (float)", "keep = true"):
         assert part in text
 
 
@@ -142,6 +146,19 @@ def test_when_there_is_a_terminal_then_bars_show_rounds_and_losses(monkeypatch: 
     assert "rounds" in text
     assert "2/2" in text
     assert "loss 2.0000  validation 2.2500" in text
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_when_sites_are_missing_then_they_are_named_with_the_reason(terminal: bool) -> None:
+    written = io.StringIO()
+    observer = ProgressObserver(Console(file=written, width=120, force_terminal=terminal))
+    observer.start(2, ["a", "[b]"])
+    trained, validated = rows(1)
+    observer.row({**trained, "dropped": {"[b]": "no reply before the deadline"}})
+    observer.row({**validated, "missing": {"a": "it failed"}})
+    observer.finish()
+    assert "without [b] (no reply before the deadline)" in written.getvalue()
+    assert "validation 1 without a (it failed)" in written.getvalue()
 
 
 def test_when_a_run_resumes_then_the_bar_jumps_to_its_round() -> None:

@@ -7,21 +7,82 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 from tests.federations import small_spec, train_small
 
+import fedcast.run.pretrain as pretraining
 from fedcast.errors import CheckpointError, ResumeError, RunError
+from fedcast.federated import checkpoint
+from fedcast.federated.messages import Reply, Task
+from fedcast.federated.once import Once
 from fedcast.federated.rounds import Silent
+from fedcast.federated.state import SiteStates
 from fedcast.run.folder import RunFolder
 from fedcast.run.pretrain import Run, pretrain
 from fedcast.spec import RunSpec
 
-PHASES = [
-    *("client", "aggregate", "checkpoint-rename"),
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("select", "site", "evaluate", "checkpoint", "log", "test")),
-]
+PHASES = ("select", "client", "site", "aggregate", "evaluate", "checkpoint", "checkpoint-rename", "log", "row", "test", "result-row")
+"""What an observer hears of, where a run can be killed."""
+
+
+def _strike(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _tear(path: Path) -> None:
+    """Leave half of a file, as a process that dies while it writes, and die."""
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+    _strike()
+
+
+def _tear_model(_: object, folder: Path) -> None:
+    for path in folder.glob("*.safetensors"):
+        _tear(path)
+
+
+def _half_row(self: RunFolder, row: dict[str, Any]) -> None:
+    with self.metrics.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row)[:99])
+
+
+def _half_gone(path: Path, *_: object, **__: object) -> None:
+    (path / "manifest.json").unlink()
+
+
+def _named(name: str) -> Callable[..., bool]:
+    return lambda *arguments: any(isinstance(argument, Path) and argument.name == name for argument in arguments)
+
+
+POINTS: dict[str, tuple[object, str, Callable[..., bool], Callable[..., None], Callable[..., Any] | None]] = {
+    # Where the process dies: the function after which it does, which call of it, how, and what does the function's work before.
+    "site-state": (SiteStates, "save", lambda _, round_, *__: round_ == 2, _strike, None),
+    "checkpoint-bytes": (checkpoint, "write_file", lambda path, *_: path.parent.name == "aside", _tear, None),
+    "checkpoint-manifest": (checkpoint, "_write", _named("manifest.json"), _tear, None),
+    "checkpoint-synced": (checkpoint, "_sync", lambda *_: True, _strike, None),
+    "checkpoint-removal": (
+        checkpoint.shutil,
+        "rmtree",
+        lambda path, **__: path.name == "round-000001" and path.is_dir(),
+        _strike,
+        _half_gone,
+    ),
+    "half-row": (RunFolder, "append", lambda _, row: row["kind"] == "round" and row["round"] == 2, _strike, _half_row),
+    "best": (pretraining._Training, "_save_unseen", _named("best"), _tear_model, None),
+    "final": (pretraining._Training, "_save_unseen", _named("final"), _tear_model, None),
+    "scored": (pretraining, "write_text", _named("samples.json"), _strike, None),
+    "results": (pd.DataFrame, "to_parquet", lambda *_: True, lambda _, path: _tear(path), None),
+    "results-rename": (pretraining.os, "replace", _named("results.parquet"), _strike, lambda *_: None),
+}
+"""Places inside a step, where a run can be killed."""
+SECOND = {"checkpoint-bytes", "checkpoint-manifest", "checkpoint-synced"}
+"""They strike at the second round's call."""
+QUICK = {"client", "aggregate", "checkpoint-rename", "site-state", "checkpoint-bytes"}
 
 
 class Killer(Silent):
@@ -39,6 +100,13 @@ class Killer(Silent):
         """Kill the process between two sites' replies."""
         self.phase("site", round)
 
+    def row(self, row: dict[str, Any]) -> None:
+        """Kill the process between two rows of the log."""
+        if row["kind"] == "round":
+            self.phase("row", row["round"])
+        elif row["kind"] == "result":
+            self.phase("result-row", row["rounds"])
+
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
@@ -49,9 +117,9 @@ def weights(run: Run) -> bytes:
     return (run.final / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", [pytest.param(p, marks=() if p in QUICK else pytest.mark.slow) for p in (*PHASES, *POINTS)])
 def test_when_killed_in_a_phase_then_the_resumed_run_ends_with_the_same_bytes(phase: str, undisturbed: Run, tmp_path: Path) -> None:
-    round_ = 3 if phase == "test" else 2
+    round_ = 3 if phase in ("test", "result-row") else 2
     script = "import sys; from tests.run.test_resume import die; die(sys.argv[1], int(sys.argv[2]), sys.argv[3])"
     dead = subprocess.run([sys.executable, "-c", script, phase, str(round_), str(tmp_path / "run")], cwd=Path(__file__).parents[2])
     assert dead.returncode == -signal.SIGKILL
@@ -68,7 +136,56 @@ def test_when_killed_in_a_phase_then_the_resumed_run_ends_with_the_same_bytes(ph
 
 def die(phase: str, round_: int, folder: str) -> None:
     """Train until the killer strikes; run by the tests in a process of its own."""
+    if phase in POINTS:
+        _arm(phase)
     pretrain(small_spec(), output=folder, observer=Killer(phase, round_))
+
+
+def guarded_spec() -> RunSpec:
+    """A federation whose sites agree on masks before they train."""
+    return RunSpec.model_validate({**small_spec("fedavg").model_dump(), "guards": [{"name": "secure_sum"}]})
+
+
+def die_in_an_exchange(folder: str) -> None:
+    """As :func:`die`, when the first site has answered what a guard asks in the second round."""
+    real = Once.ask
+
+    def armed(self: Once, tasks: Mapping[str, Task], deadline_s: float | None) -> Iterator[tuple[str, Reply]]:
+        first = next(iter(tasks.values()))
+        for pair in real(self, tasks, deadline_s):
+            if first.kind == "guard" and first.round == 2:
+                _strike()
+            yield pair
+
+    Once.ask = armed  # type: ignore[method-assign]
+    pretrain(guarded_spec(), output=folder)
+
+
+@pytest.mark.slow
+def test_when_killed_in_a_guards_exchange_then_the_resumed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    script = "import sys; from tests.run.test_resume import die_in_an_exchange; die_in_an_exchange(sys.argv[1])"
+    dead = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], cwd=Path(__file__).parents[2])
+    assert dead.returncode == -signal.SIGKILL
+    whole = train_small(guarded_spec(), tmp_path / "whole")
+    assert weights(pretrain(guarded_spec(), output=tmp_path / "run")) == weights(whole)
+
+
+def _arm(point: str) -> None:
+    owner, name, when, strike, instead = POINTS[point]
+    real = getattr(owner, name)
+    calls = 0
+
+    def armed(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        hit = when(*arguments)
+        calls += hit
+        hit = hit and calls == (2 if point in SECOND else 1)
+        result = (real if instead is None or not hit else instead)(*arguments, **keywords)
+        if hit:
+            strike(*arguments[:2] if point in ("best", "final", "results") else arguments[:1])
+        return result
+
+    setattr(owner, name, armed)
 
 
 def sparse_spec(workers: int, rounds: int, fleet: str = "processes") -> RunSpec:

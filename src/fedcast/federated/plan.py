@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fedcast.tuning  # noqa: F401 - registers the tunings
 from fedcast.errors import SpecError
+from fedcast.federated.guards import Guards
 from fedcast.methods.base import Method
 from fedcast.models.architectures import build_model
 from fedcast.models.base import ModelConfig
@@ -58,6 +59,7 @@ class Plan:
     def __init__(self, spec: RunSpec, method: Method) -> None:
         self.spec, self.method = spec, method
         self.tuning: Tuning = build_tuning(spec.tuning)
+        self.guards = Guards.of(spec.guards)
 
     def build(self) -> Model:
         """Return the model before any training, tuned; parameters that do not require a gradient are frozen.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, Protocol
 
@@ -15,13 +15,16 @@ import numpy as np
 import torch
 
 from fedcast.errors import QuorumError, SiteError
+from fedcast.federated.audit import unrecorded
 from fedcast.federated.checkpoint import Checkpoints, Progress
 from fedcast.federated.conflict import conflict_row
 from fedcast.federated.fleet import Fleet
-from fedcast.federated.intake import Intake
+from fedcast.federated.gate import Gate, GuardedRound
+from fedcast.federated.intake import LATE, Intake
 from fedcast.federated.messages import Reply, Task
+from fedcast.federated.once import Once, grown
 from fedcast.federated.plan import TUNING, Plan, tuning_state
-from fedcast.federated.site import SiteRole
+from fedcast.federated.site import COUNTED, SiteRole
 from fedcast.methods.base import Method, Server
 from fedcast.spec import RunSpec
 from fedcast.training.memory import peak_bytes
@@ -88,6 +91,8 @@ class RoundLoop:
         Appends a row to the run's log.
     keep_best
         Called when the validation loss is the smallest so far.
+    record
+        Keeps the audit log (:meth:`fedcast.federated.audit.AuditLog.append`).
     """
 
     plan: Plan
@@ -99,6 +104,14 @@ class RoundLoop:
     log: Callable[[dict[str, Any]], None]
     keep_best: Callable[[Server], None]
     observer: Observer
+    record: Callable[..., None] = unrecorded
+    _once: Once = field(init=False)
+    _progress: Progress = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Put what makes replies count once between the loop and its fleet."""
+        self._once = Once(self.fleet, self.spec.fingerprint(), self.record)
+        self._progress = Progress()
 
     @property
     def spec(self) -> RunSpec:
@@ -112,6 +125,7 @@ class RoundLoop:
 
     def run(self, progress: Progress) -> Progress:
         """Run the rounds that are left after ``server.round``."""
+        self._progress, self._once.history = progress, progress.history
         trainers = [name for name, role in sorted(self.roles.items()) if role.trains]
         self.observer.start(self.server.rounds, trainers)
         for number in range(self.server.round + 1, self.server.rounds + 1):
@@ -126,14 +140,24 @@ class RoundLoop:
         validates = self._validates(number)
         tasks = {name: self._task(name, number) for name in selected}
         self.observer.phase("client", number)
-        intake = self._collect(tasks, number)
+        guarded = self._guarded(number, selected)
+        if guarded is not None:
+            tasks = guarded.begin(tasks)
+        intake = self._collect(tasks, number, guarded)
+        for site, reason in intake.dropped.items():
+            self.record("reply-dropped", site=site, round=number, reason=reason)
         self._check_quorum(intake, selected, number)
+        progress.counted |= dict.fromkeys(intake.meta, number)
+        progress.history = self._once.history = grown(progress.history, number, sorted(intake.meta))
         self.observer.phase("aggregate", number)
         if self._local(number):
             self.server.tensors |= {f"{_ADAPTS}{site}": torch.ones(1) for site in intake.meta}
         else:
             self._decide(intake, number)
+            before = self.server.shared.clone() if guarded else None
             intake.aggregate(self.server)
+            if guarded is not None and before is not None:
+                guarded.finish(before, sorted(intake.meta))
         trained = time.perf_counter()
         rows = []
         if validates:
@@ -141,6 +165,9 @@ class RoundLoop:
             rows.append(self._validate(number, progress))
         validated = time.perf_counter()
         row = self._row(number, intake, sum(task.nbytes for task in tasks.values()))
+        if guarded is not None:
+            row["bytes_up"] += guarded.bytes_up
+            row["bytes_down"] += guarded.bytes_down
         progress.bytes_up += row["bytes_up"]
         progress.bytes_down += row["bytes_down"]
         seconds = trained - start + time.perf_counter() - validated
@@ -150,7 +177,10 @@ class RoundLoop:
         progress.peak_memory = max(progress.peak_memory, peak_bytes())
         self.observer.phase("checkpoint", number)
         writing = time.perf_counter()
-        self.checkpoints.save(self.server, progress, before_rename=lambda: self.observer.phase("checkpoint-rename", number))
+        kept = self.checkpoints.save(self.server, progress, before_rename=lambda: self.observer.phase("checkpoint-rename", number))
+        self.record("checkpoint", durable=True, round=number, sha256=kept)
+        if "epsilon" in row["server"]:
+            self.record("privacy-spent", round=number, server=row["server"])
         row["checkpoint_seconds"] = time.perf_counter() - writing
         self.observer.phase("log", number)
         for logged in progress.rows:
@@ -163,10 +193,15 @@ class RoundLoop:
 
     def _task(self, site: str, number: int) -> Task:
         if not self._local(number):
-            return Task("train", number, {**self.method.message(self.server, site), **self._tuned()}, {"export": self._exports(number)})
+            tensors = {**self.method.message(self.server, site), **self._tuned()}
+            return Task("train", number, tensors, {"export": self._exports(number), **self._counted(site)})
         # Sent until the site has gone on from them: then it has weights of its own.
         shared = {} if f"{_ADAPTS}{site}" in self.server.tensors else {"shared": self.server.shared_of(site)}
-        return Task("train", number, {**shared, **self._tuned()}, {"stage": "local"})
+        return Task("train", number, {**shared, **self._tuned()}, {"stage": "local", **self._counted(site)})
+
+    def _counted(self, site: str) -> dict[str, int]:
+        """Return what tells a site which of its rounds was the last to count."""
+        return {COUNTED: self._progress.counted.get(site, 0)}
 
     def _tuned(self) -> dict[str, torch.Tensor]:
         """Return what the tuning sends with the weights."""
@@ -206,15 +241,33 @@ class RoundLoop:
         rng = np.random.default_rng([self.spec.seed, number])
         return sorted(rng.choice(np.array(trainers, dtype=object), size=count, replace=False))
 
-    def _collect(self, tasks: Mapping[str, Task], number: int) -> Intake:
+    def _guarded(self, number: int, selected: Sequence[str]) -> GuardedRound | None:
+        """Return the guards' part in a round; in rounds in which sites go on alone, nothing passes a guard."""
+        if not len(self.plan.guards) or self._local(number):
+            return None
+        return GuardedRound(
+            self.plan.guards,
+            self.server,
+            self.plan.initial,
+            {site: self.samples[site] for site in selected},
+            seed=self.spec.seed,
+            folder=self.checkpoints.folder.parent,
+            simulated=self.fleet.simulated,
+            send=lambda tasks: self._once.ask(tasks, self.spec.federation.deadline_s),
+            run=self.spec.fingerprint(),
+        )
+
+    def _collect(self, tasks: Mapping[str, Task], number: int, guarded: GuardedRound | None) -> Intake:
         layout = self.server.layout
         shapes: dict[str, tuple[int, ...]] = {}
         if not self._local(number):
             shapes = {"shared": (layout.shared_size,), **self.method.reply_shapes(self.plan.shape), **self.plan.answer_shapes}
         if self._exports(number) and shapes:
             shapes["private"] = (layout.private_size,)
-        intake = Intake(self.method, {site: self.samples[site] for site in tasks}, shapes, self.checkpoints.folder)
-        for site, reply in self.fleet.run(tasks, self.spec.federation.deadline_s):
+        samples = {site: self.samples[site] for site in tasks}
+        gate = None if guarded is None else Gate(guarded, shapes, {site: task.tensors for site, task in tasks.items()})
+        intake = Intake(self.method, samples, shapes, self.checkpoints.folder, gate)
+        for site, reply in self._once.ask(tasks if guarded is None else guarded.pack(tasks), self.spec.federation.deadline_s):
             intake.take(site, reply)
             # Or it would be kept while the next one is awaited.
             del reply
@@ -227,8 +280,12 @@ class RoundLoop:
             reasons = "; ".join(f"{site}: {reason}" for site, reason in intake.dropped.items())
             raise QuorumError(
                 f"round {number} has {len(intake.meta)} usable replies and needs {needed} ({reasons})",
-                hint="mend the sites and run the same command again: it resumes from the last round",
+                hint=f"mend the sites{self._or_wait(intake.dropped)} and run the same command again: it resumes from the last round",
             )
+
+    def _or_wait(self, reasons: Mapping[str, str]) -> str:
+        """Return what else helps where sites were too slow."""
+        return ", or raise federation.deadline_s," if LATE in reasons.values() else ""
 
     def _row(self, number: int, intake: Intake, bytes_down: int) -> dict[str, Any]:
         weights = self.server.log.pop("weights", {})
@@ -247,6 +304,7 @@ class RoundLoop:
             "bytes_down": bytes_down,
             "sites": sites,
             "dropped": intake.dropped,
+            "ignored": self._once.ignored(),
             "server": dict(self.server.log),
         }
 
@@ -261,23 +319,25 @@ class RoundLoop:
             return []
         self.observer.phase("probe", number)
         sites = self._seen()
-        answers = self.evaluate(sites, {"part": "gradient"})
+        answers, missing = self._score(sites, {"part": "gradient"})
         sent = sum(Task("evaluate", number, self._model_for(site, None)).nbytes for site in sites)
-        return [conflict_row(number, answers, self.server.layout, sent)]
+        row = conflict_row(number, answers, self.server.layout, sent)
+        return [{**row, "dropped": dict(sorted((row["dropped"] | missing).items()))}]
 
     def _validate(self, number: int, progress: Progress) -> dict[str, Any]:
-        answers = self.evaluate(self._seen(), {"part": "validation"})
-        losses = {
-            site: float(reply.meta["loss"])
-            for site, reply in answers.items()
-            if reply.meta["loss"] is not None and isfinite(reply.meta["loss"])
-        }
+        answers, missing = self._score(self._seen(), {"part": "validation"})
+        # A site without validation windows answers that it has no loss.
+        found = {site: reply.meta.get("loss") for site, reply in answers.items()}
+        losses = {site: float(loss) for site, loss in found.items() if isinstance(loss, int | float) and isfinite(loss)}
         # Without any validation window the last round is the best there is.
         mean = sum(losses.values()) / len(losses) if losses else None
-        if mean is None or mean < progress.best_loss:
-            progress.best_loss, progress.best_round = float("inf") if mean is None else mean, number
+        # Means over other sites do not compare: the fewer are missing the better, and only then the smaller the loss.
+        rank = (len(missing), float("inf") if mean is None else mean)
+        if rank < (progress.best_missing, progress.best_loss) or (mean is None and not missing):
+            (progress.best_missing, progress.best_loss), progress.best_round = rank, number
             self.keep_best(self.server)
-        return {"kind": "validation", "round": number, "sites": {s: {"loss": v} for s, v in losses.items()}, "mean": mean}
+        sites = {site: {"loss": loss} for site, loss in losses.items()}
+        return {"kind": "validation", "round": number, "sites": sites, "mean": mean, "missing": missing}
 
     def evaluate(self, sites: Sequence[str], meta: Mapping[str, Any], expert: str | None = None) -> dict[str, Reply]:
         """Let sites score the server's model: on their own domain with their own private weights, else with the model for unseen domains.
@@ -294,15 +354,27 @@ class RoundLoop:
         Raises
         ------
         SiteError
-            When a site cannot score.
+            When a site cannot score, or does not in time.
         """
-        tasks = {name: Task("evaluate", self.server.round, self._model_for(name, expert), meta) for name in sites}
-        replies = dict(self.fleet.run(tasks, None))
-        for site in sites:
-            error = replies[site].error
-            if error is not None:
-                raise SiteError(f"site {site} cannot evaluate: {error}", hint="mend the site's data and run the same command again")
-        return {site: replies[site] for site in sites}
+        replies, missing = self._score(sites, meta, expert)
+        if missing:
+            reasons = "; ".join(f"{site}: {reason}" for site, reason in missing.items())
+            raise SiteError(
+                f"{len(missing)} of {len(sites)} sites did not score the model ({reasons})",
+                hint="every round is kept: mend those sites, or raise federation.evaluation_deadline_s, and run the same command again",
+            )
+        return replies
+
+    def _score(self, sites: Sequence[str], meta: Mapping[str, Any], expert: str | None = None) -> tuple[dict[str, Reply], dict[str, str]]:
+        """Return the sites' answers, and why others have none, both in the order of ``sites``."""
+        tasks = {
+            name: Task("evaluate", self.server.round, self._model_for(name, expert), {**meta, **self._counted(name)}) for name in sites
+        }
+        replies = dict(self._once.ask(tasks, self.spec.federation.scoring_deadline_s))
+        reasons = {site: replies[site].error if site in replies else LATE for site in sites}
+        return {site: replies[site] for site in sites if reasons[site] is None}, {
+            site: reason for site, reason in reasons.items() if reason is not None
+        }
 
     def _model_for(self, site: str, expert: str | None) -> dict[str, torch.Tensor]:
         server = self.server

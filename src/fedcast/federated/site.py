@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import threading
 import time
 import traceback
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
@@ -21,21 +22,29 @@ from torch import Tensor
 from fedcast.data.splits import split_store
 from fedcast.data.store import SeriesStore
 from fedcast.data.windows import Batch, WindowSampler
-from fedcast.errors import CheckpointError, FedcastError, ModelError
+from fedcast.errors import CheckpointError, FedcastError, ModelError, ScreenError, SiteError, SpecError
+from fedcast.federated.audit import NAME as AUDIT
+from fedcast.federated.audit import AuditLog, record_answer
 from fedcast.federated.conflict import GradientProbe
+from fedcast.federated.guards.base import LocalSteps, Outgoing, prefix_of
 from fedcast.federated.messages import Reply, Task, all_finite, is_local, screen_task
 from fedcast.federated.plan import TUNING, Plan
 from fedcast.federated.scoring import SiteScores
+from fedcast.federated.silo import Silo, Trained
 from fedcast.federated.state import SiteStates
 from fedcast.federated.workspace import Workspace, Workspaces, build_extra
 from fedcast.methods.base import Client
+from fedcast.safe import UnsafeError, check_name
 from fedcast.tasks.objectives import build_task
 from fedcast.training.backend import Backend
 from fedcast.training.loop import learning_rate, train
+from fedcast.training.ranks import Ranks
 
 _MOMENTS = "moments."
 METHOD = "method."
 """What a method keeps stands under this prefix in a site's state."""
+COUNTED = "counted"
+"""A task's value of this name says which round of the site was the last to count at the server."""
 _ADAPTED, _ANCHOR = "adapted", "anchor"
 _AHEAD = 8
 
@@ -84,6 +93,12 @@ class SiteRole:
     step_multiplier: int = 1
     epoch_share: float = 1.0
 
+    def __post_init__(self) -> None:
+        try:
+            check_name(self.name)  # it becomes the name of the site's folder
+        except UnsafeError as error:
+            raise SpecError(f"a site has no usable name: {error}", hint="rename the file or folder of that domain") from error
+
 
 class Site:
     """One site: its series, its private state, and the two kinds of task it runs.
@@ -98,18 +113,32 @@ class Site:
         What the run trains.
     folder
         The site's own folder for private state.
+    simulated
+        Whether all sites are on one machine: guards then draw noise from seeds, so that runs can be repeated.
+    ranks
+        This process's place among those that train for the site; ``None`` in the site's own process.
     """
 
-    def __init__(self, role: SiteRole, store: SeriesStore, plan: Plan, folder: Path) -> None:
+    def __init__(
+        self, role: SiteRole, store: SeriesStore, plan: Plan, folder: Path, *, simulated: bool = False, ranks: Ranks | None = None
+    ) -> None:
         self.role = role
         self._plan, self._spec, self._method = plan, plan.spec, plan.method
         self._folder = folder
         self._states = SiteStates(folder)
         self._memory: dict[str, Any] = {}
+        self._simulated = simulated
+        self._audit = AuditLog(folder / AUDIT)
+        self._guard_prefixes = tuple(prefix_of(guard) for guard in plan.guards)
+        self._guard_memory: dict[str, dict[str, Any]] = {guard.name: {} for guard in plan.guards}
         self._shapes: tuple[tuple[str, tuple[int, ...]], ...] | None = None
         # One task at a time: a late reply's work must not meet the next round's.
         self._busy = threading.Lock()
+        self._tickets = itertools.count(1)
         self._newest = 0
+        self._given_up = threading.Event()
+        self._ranks = ranks
+        self._silo = Silo(asdict(role), store, plan, folder) if plan.spec.training.ranks > 1 and ranks is None else None
         spec = plan.spec
         model, data = spec.model, spec.data
         splits = split_store(store, data, model.horizon)
@@ -118,6 +147,8 @@ class Site:
         self._probe = GradientProbe(self._sampler, spec)
         self._task = build_task(model.objective)
         self._backend = Backend.resolve(spec.training)
+        for memory in self._guard_memory.values():
+            memory["rate"], memory["steps"] = float(self._sampler.rates(spec.training.batch_size).max(initial=0.0)), self._steps()
 
     @property
     def samples(self) -> int:
@@ -130,17 +161,26 @@ class Site:
 
     def run(self, task: Task, workspaces: Workspaces) -> Reply:
         """Run a task; an exception becomes a reply with an error and no traceback, which stays in the site's error.log."""
+        reply = replace(self._run(task, workspaces), task=task.id)
+        if self._simulated:
+            record_answer(self._audit, task, reply)  # elsewhere by whoever sends the bytes
+        return reply
+
+    def give_up(self) -> None:
+        """Let the training that is under way end in an error at its next step; its round is over."""
+        self._given_up.set()
+
+    def _run(self, task: Task, workspaces: Workspaces) -> Reply:
         start = time.perf_counter()
+        ticket = next(self._tickets)
         if task.kind == "train":
-            self._newest = max(self._newest, task.round)
+            self._newest = ticket
         try:
             with self._busy:
-                if task.kind == "train" and task.round < self._newest:
+                if task.kind == "train" and ticket < self._newest:
                     return Reply(error=f"round {task.round} is over")
-                workspace = self._workspace(workspaces)
-                screen_task(task, self._message_shapes(workspace))
-                with workspace.computing():
-                    reply = self._train(task, workspace) if task.kind == "train" else self._evaluate(task, workspace)
+                self._given_up.clear()
+                reply = self._answer_guard(task) if task.kind == "guard" else self._work(task, workspaces)
         except FedcastError as error:
             return Reply(error=f"{error.code}: {error.message}")
         except Exception as error:
@@ -150,6 +190,31 @@ class Site:
         return Reply(
             reply.tensors, {**reply.meta, "seconds": time.perf_counter() - start, "worker": f"{os.getpid()}-{threading.get_ident()}"}
         )
+
+    def _work(self, task: Task, workspaces: Workspaces) -> Reply:
+        if task.kind not in ("train", "evaluate"):
+            raise ScreenError(f"a site's model has no part in a task of kind {task.kind!r}", hint="send it to the site's own process")
+        alone = self._plan.federated_rounds < task.round <= self._method.federated_rounds(self._spec.federation.rounds)
+        if task.kind == "train" and is_local(task) != alone:
+            # Nothing passes a guard where a site goes on alone: when that is, the spec says, and no task.
+            how = "with the others" if is_local(task) else "alone"
+            raise ScreenError(f"in round {task.round} the site goes on {how}", hint="check that both sides run the same spec")
+        workspace = self._workspace(workspaces)
+        if task.kind == "train" and not is_local(task):
+            task = replace(task, tensors=self._plan.guards.unpack(task.tensors))
+        screen_task(task, self._message_shapes(workspace), self._guard_prefixes)
+        with workspace.computing():
+            return self._train(task, workspace) if task.kind == "train" else self._evaluate(task, workspace)
+
+    def train(self, task: Task, workspaces: Workspaces) -> Trained:
+        """Train as one of several ranks; the task was screened by the site's own process, which does everything else."""
+        workspace = self._workspace(workspaces)
+        with workspace.computing():
+            return self._fit(task, workspace, self._states.of(_counted(task, task.round - 1)), {})
+
+    def _answer_guard(self, task: Task) -> Reply:
+        guard = self._plan.guards.named(task.meta.get("guard"))
+        return guard.answer(task, self.role.name, self._guard_memory[guard.name])
 
     def _workspace(self, workspaces: Workspaces) -> Workspace:
         def make() -> dict[str, torch.nn.Module]:
@@ -175,7 +240,15 @@ class Site:
         return ceil(federation.local_epochs * self.role.epoch_share * self._sampler.n_points / points)
 
     def _train(self, task: Task, workspace: Workspace) -> Reply:
-        state = self._states.before(task.round)
+        counted = _counted(task, task.round - 1)
+        state, draws = self._states.of(counted), self._draws(task.round)
+        trained = self._fit(task, workspace, state, draws) if self._silo is None else self._silo.train(task, self._given_up)
+        guards = {} if is_local(task) else self._guard(task, trained.tensors, trained.meta, state, draws)
+        self._states.save(task.round, {**guards, **trained.kept}, counted)
+        return Reply(trained.tensors, trained.meta)
+
+    def _fit(self, task: Task, workspace: Workspace, state: Mapping[str, Tensor], draws: Mapping[str, np.random.Generator]) -> Trained:
+        """Take a task's steps."""
         stage = _Stage.of(task, state)
         workspace.load(stage.weights, state.get("private"))
         workspace.tune(task.tensors)
@@ -191,35 +264,99 @@ class Site:
         if self._spec.training.compile:
             training, model = self._spec.training, self._spec.model
             client.record("compile_seconds", workspace.compile(training.batch_size, model.context, model.horizon))
-        steps = self._steps()
+        steps, guarded = self._steps(), self._guarded(client, workspace, draws)
         done, total = (task.round - 1) * steps, self._spec.federation.rounds * steps
         restarts = self._spec.training.schedule_over == "round"
         record = train(
             workspace.parameters,
             workspace.optimiser,
-            self._batches(client.rng, steps, workspace.device),
+            self._batches(client.rng, steps, workspace.device, guarded),
             lambda batch: self._loss(client, workspace, batch),
             steps=steps,
             rate=lambda step: learning_rate(self._spec.training, *((step, steps) if restarts else (done + step, total))),
             correction=lambda: self._method.correction(client),
+            backward=self._backward(client, workspace, guarded),
         )
         if not (isfinite(record.loss) and all_finite(workspace.parameters.vector)):
             # Kept, such weights would spoil every later round of the site.
             raise ModelError("training diverged: a weight or the loss is not finite", hint="lower training.learning_rate or clip_norm")
         reply = {} if stage.local else {**self._method.reply(client), **self._answers(task, workspace)}
-        self._keep(task.round, client, workspace, keeps)
         tensors = {} if stage.local else {"shared": workspace.parameters.shared, **reply}
         if client.exporting:
             tensors["private"] = workspace.private_of_model
-        meta = {
+        # Copies, on the CPU: the workspace goes on to the next site, and only workspaces lie on another device.
+        tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+        meta: dict[str, Any] = {
             "samples": self.samples,
             "steps": steps,
             "loss": record.loss,
             "compute_seconds": record.compute_seconds,
             "metrics": client.records(),
         }
-        # Copies, on the CPU: the workspace goes on to the next site, and only workspaces lie on another device.
-        return Reply({name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}, meta)
+        return Trained(tensors, meta, self._kept(client, workspace, keeps))
+
+    def _draws(self, round_: int) -> dict[str, np.random.Generator]:
+        """Return a generator for each guard, the same for a repeated round."""
+        seeds = [self._spec.seed, zlib.crc32(self.role.name.encode()), round_]
+        return {guard.name: np.random.default_rng([*seeds, zlib.crc32(guard.name.encode())]) for guard in self._plan.guards}
+
+    def _backward(self, client: Client, workspace: Workspace, guarded: LocalSteps | None) -> Callable[[Batch], Tensor | None]:
+        """Return what computes the gradient of a step where a guard does, or several ranks, and else what leaves it to the loop."""
+
+        def loss_of(part: Batch) -> Tensor:
+            return self._loss(client, workspace, part)
+
+        def backward(batch: Batch) -> Tensor | None:
+            if self._ranks is not None:
+                return self._ranks.backward(loss_of, batch, workspace.parameters)
+            guard = self._plan.guards.stepping
+            return None if guard is None or guarded is None else guard.backward(guarded, batch)
+
+        return backward
+
+    def _guarded(self, client: Client, workspace: Workspace, draws: Mapping[str, np.random.Generator]) -> LocalSteps | None:
+        """Return what a guard that takes the steps itself is given; none does where the site goes on alone."""
+        guard = self._plan.guards.stepping
+        if guard is None or client.adapting:
+            return None
+        return LocalSteps(
+            model=workspace.model,
+            parameters=workspace.parameters,
+            loss=lambda batch: self._loss(client, workspace, batch),
+            sampler=self._sampler,
+            size=self._spec.training.batch_size,
+            rng=draws[guard.name],
+            memory=self._guard_memory[guard.name],
+            simulated=self._simulated,
+        )
+
+    def _guard(
+        self,
+        task: Task,
+        tensors: dict[str, Tensor],
+        meta: dict[str, Any],
+        state: Mapping[str, Tensor],
+        draws: Mapping[str, np.random.Generator],
+    ) -> dict[str, Tensor]:
+        """Let every guard change a reply on its way out; return what they keep at the site."""
+        kept: dict[str, Tensor] = {}
+        for guard in self._plan.guards:
+            prefix = prefix_of(guard)
+            outgoing = Outgoing(
+                site=self.role.name,
+                round=task.round,
+                tensors=tensors,
+                received=task.tensors,
+                samples=self.samples,
+                meta=meta,
+                state={name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)},
+                memory=self._guard_memory[guard.name],
+                rng=draws[guard.name],
+                simulated=self._simulated,
+            )
+            guard.encode(outgoing)
+            kept |= {f"{prefix}{name}": value for name, value in outgoing.state.items()}
+        return kept
 
     def _loss(self, client: Client, workspace: Workspace, batch: Batch) -> Tensor:
         with workspace.stepping():
@@ -250,7 +387,11 @@ class Site:
             extra=workspace.extra,
             task=self._task,
             parameters=workspace.parameters,
-            received={name: tensor.to(workspace.device) for name, tensor in {**task.tensors, "shared": stage.anchor}.items()},
+            received={
+                name: tensor.to(workspace.device)
+                for name, tensor in {**task.tensors, "shared": stage.anchor}.items()
+                if not (self._guard_prefixes and name.startswith(self._guard_prefixes))
+            },
             sampler=self._sampler,
             state={name.removeprefix(METHOD): value.to(workspace.device) for name, value in state.items() if name.startswith(METHOD)},
             rng=np.random.default_rng(seed),
@@ -259,15 +400,22 @@ class Site:
             _memory=self._memory,
         )
 
-    def _batches(self, rng: np.random.Generator, steps: int, device: torch.device) -> Iterator[Batch]:
-        size = self._spec.training.batch_size
+    def _batches(self, rng: np.random.Generator, steps: int, device: torch.device, guarded: LocalSteps | None) -> Iterator[Batch]:
+        size, guard = self._spec.training.batch_size, self._plan.guards.stepping
         for start in range(0, steps, _AHEAD):
             # Several steps' windows at once: a draw costs as much for eight batches as for one. On CUDA they are drawn, and copied
             # from pinned memory, while the device still works through the steps before.
             count = min(_AHEAD, steps - start)
-            yield from self._sampler.gather(self._sampler.draw(size * count, rng)).to(device).split(size)
+            if guard is None or guarded is None:
+                batches = self._sampler.gather(self._sampler.draw(size * count, rng)).to(device).split(size)
+            else:
+                batches = (self._sampler.gather(guard.draw(guarded)).to(device) for _ in range(count))
+            for batch in batches:
+                if self._given_up.is_set():
+                    raise SiteError("the round is over", hint="nothing is to be done: its work does not count")
+                yield batch
 
-    def _keep(self, round_: int, client: Client, workspace: Workspace, keeps: bool) -> None:
+    def _kept(self, client: Client, workspace: Workspace, keeps: bool) -> dict[str, Tensor]:
         state = {f"{METHOD}{name}": value for name, value in client.state.items()}
         if workspace.parameters.private.numel():
             state["private"] = workspace.parameters.private
@@ -275,11 +423,12 @@ class Site:
             state |= {_ADAPTED: workspace.parameters.shared, _ANCHOR: client.received["shared"]}
         if keeps:
             state |= {f"{_MOMENTS}{name}": value for name, value in workspace.optimiser.state().items()}
-        self._states.save(round_, {name: tensor.cpu() for name, tensor in state.items()})
+        # Copies, as the reply's are: on the CPU these are the workspace's own.
+        return {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
 
     def _evaluate(self, task: Task, workspace: Workspace) -> Reply:
         private = task.tensors.get("private")
-        own = self._states.before(task.round + 1) if self.role.trains else {}
+        own = self._states.of(_counted(task, task.round)) if self.role.trains else {}
         if private is None and self.role.trains:
             # A site that was never selected has no private weights of its own yet.
             private = own.get("private", task.tensors.get("fallback"))
@@ -294,3 +443,12 @@ class Site:
         experts = task.tensors.get("experts")
         model = workspace.twin if experts is None else workspace.mixture(task.tensors.get("expert_shared", task.tensors["shared"]), experts)
         return Reply(meta=self._scores.test(model, baselines=bool(task.meta.get("baselines", False))))
+
+
+def _counted(task: Task, latest: int) -> int:
+    """Return the last round of this site that counted at the server: it goes on from there, and not from work that came too late."""
+    counted = task.meta.get(COUNTED, latest)
+    if isinstance(counted, bool) or not isinstance(counted, int) or not 0 <= counted <= latest:
+        hint = "check that both sides run the same version of fedcast"
+        raise ScreenError(f"the task says that round {counted!r} counted last", hint=hint)
+    return counted

@@ -41,6 +41,7 @@ WIDTH: Final = 100
 _BEST: Final = "*"
 _NUMBER_WIDTH: Final = 9
 _NAMED: Final = 8
+_LONGEST_NUMBER: Final = 10
 _PHASES: Final = {
     "select": "choosing sites",
     "client": "training",
@@ -79,6 +80,7 @@ class ProgressObserver:
         self._sites = 0
         self._train = ""
         self._validation = ""
+        self._privacy = ""
 
     def start(self, rounds: int, sites: Sequence[str]) -> None:
         """Begin a run of so many rounds over these sites."""
@@ -138,18 +140,25 @@ class ProgressObserver:
         number = int(row["round"])
         losses = [values["loss"] for values in (row.get("sites") or {}).values() if is_number(values.get("loss"))]
         self._train = f"loss {sum(losses) / len(losses):.4f}" if losses else ""
+        spent = (row.get("server") or {}).get("epsilon")
+        self._privacy = f"epsilon {spent:.4g}" if is_number(spent) else ""
+        without = _reasons(row.get("dropped"))
         if self._progress is not None:
+            if without:
+                self._line(f"round {number} without {without}")
             self._progress.update(self._round_bar, completed=number, note=self._note())
             self._progress.reset(self._site_bar, total=self._sites)
             return
         sent = sum(row[key] for key in ("bytes_up", "bytes_down") if is_number(row.get(key)))
-        parts = [f"round {number}/{self._rounds}", self._train, f"{len(row.get('sites') or {})} sites"]
+        parts = [f"round {number}/{self._rounds}", self._train, self._privacy, f"{len(row.get('sites') or {})} sites"]
         parts += [format_seconds(row["seconds"])] if is_number(row.get("seconds")) else []
         parts += [f"{format_bytes(sent)} sent"] if sent else []
-        parts += [f"{len(row['dropped'])} dropped"] if row.get("dropped") else []
+        parts += [f"without {without}"] if without else []
         self._line("  ".join(part for part in parts if part))
 
     def _validated(self, row: Mapping[str, Any]) -> None:
+        if without := _reasons(row.get("missing")):
+            self._line(f"validation {row['round']} without {without}")
         if not is_number(row.get("mean")):
             return
         self._validation = f"validation {row['mean']:.4f}"
@@ -159,11 +168,15 @@ class ProgressObserver:
             self._line(self._validation)
 
     def _note(self) -> str:
-        return "  ".join(part for part in (self._train, self._validation) if part)
+        return "  ".join(part for part in (self._train, self._validation, self._privacy) if part)
 
     def _line(self, text: str) -> None:
         text = f"{self._label}  {text}" if self._label else text
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        (self.console if self._progress is None else self._progress.console).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _reasons(sites: Mapping[str, str] | None) -> str:
+    return ", ".join(f"{site} ({reason})" for site, reason in (sites or {}).items())
 
 
 def results_table(results: pd.DataFrame, metric: str = "mse", *, width: int = WIDTH) -> Table:
@@ -267,7 +280,7 @@ def methods_table(methods: Sequence[Mapping[str, Any]], kind: str = "method") ->
         What :func:`fedcast.registry.describe` gives: ``name``, ``summary`` and ``parameters``, each of those with ``name``,
         ``type``, ``default`` and ``description``.
     kind
-        What they are: ``"method"`` or ``"tuning"``.
+        What they are: ``"method"``, ``"tuning"`` or ``"guard"``.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{kind.capitalize()}s", title_justify="left", title_style="bold")
     table.add_column(kind, style="bold", no_wrap=True)
@@ -276,10 +289,20 @@ def methods_table(methods: Sequence[Mapping[str, Any]], kind: str = "method") ->
         text = Text(str(method["summary"]))
         for parameter in method["parameters"]:
             text.append(f"\n  {parameter['name']}", style="bold")
-            text.append(f" = {parameter['default']}  ({parameter['type']})", style="dim")
+            text.append(f"{_default(parameter['default'])}  ({parameter['type']})", style="dim")
             text.append(f"  {parameter['description']}".rstrip())
         table.add_row(Text(str(method["name"])), text, end_section=True)
     return table
+
+
+def _default(value: object) -> str:
+    """Return a default as a spec would have it; nothing where there is none."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return f" = {str(value).lower()}"
+    text = str(value)
+    return f" = {value:.4g}" if isinstance(value, float) and len(text) > _LONGEST_NUMBER else f" = {text}"
 
 
 def _one_line(text: str) -> Table:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pandas as pd
 
 from fedcast.data.splits import split_store
@@ -71,7 +69,7 @@ def coreset_distances(folder: RunFolder) -> pd.DataFrame:
     """
     rows = []
     for site in sorted(path for path in folder.sites.glob("*") if path.is_dir()):
-        distances = SiteStates(site).before(sys.maxsize).get(f"{METHOD}coreset_nearest")
+        distances = SiteStates(site).newest().get(f"{METHOD}coreset_nearest")
         if distances is not None:
             rows += [{"site": site.name, "vector": number, "distance": value} for number, value in enumerate(distances.tolist())]
     return pd.DataFrame(rows, columns=["site", "vector", "distance"])

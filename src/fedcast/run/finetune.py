@@ -15,6 +15,7 @@ from fedcast.federated.rounds import Observer
 from fedcast.methods.base import build_method
 from fedcast.run.folder import RunFolder
 from fedcast.run.pretrain import Run, execute
+from fedcast.run.remote import Consortium
 from fedcast.spec import RunSpec, TuningSpec, load_spec
 from fedcast.tuning.base import Tuning, build_tuning
 
@@ -28,6 +29,7 @@ def finetune(
     output: str | Path | None = None,
     overrides: Sequence[str] = (),
     observer: Observer | None = None,
+    consortium: Consortium | None = None,
 ) -> Run:
     """Fine-tune ``model.checkpoint`` over the spec's domains and score it on theirs and on held-out ones.
 
@@ -45,6 +47,8 @@ def finetune(
         Dotted assignments such as ``"tuning.name=lora"``, when ``spec`` is a path.
     observer
         Hears of phases, sites and rows; before each candidate, of a row of kind ``candidate`` with its ``label``.
+    consortium
+        Where the sites are, for ``federation.fleet = "flower"``.
 
     Returns
     -------
@@ -61,7 +65,7 @@ def finetune(
         raise SpecError("the spec names nothing to fine-tune", hint="set model.checkpoint, or train from scratch with `fedcast pretrain`")
     candidates = build_tuning(run_spec.tuning).candidates()
     if len(candidates) == 1:
-        return execute(run_spec, output=output, observer=observer)
+        return execute(run_spec, output=output, observer=observer, consortium=consortium)
     folder = Path(output) if output is not None else Path("runs") / run_spec.name
     if not build_method(run_spec.method).federated_rounds(run_spec.federation.rounds):
         raise SpecError(
@@ -69,18 +73,18 @@ def finetune(
         )
     specs = [run_spec.model_copy(update={"tuning": _spec_of(candidate)}) for candidate in candidates]
     _check_free(RunFolder(folder), specs)
-    tried = [_try(one, folder / CANDIDATES / _label(one.tuning), observer) for one in specs]
+    tried = [_try(one, folder / CANDIDATES / _label(one.tuning), observer, consortium) for one in specs]
     best, _ = min(tried, key=lambda each: each[1]["validation_loss"])
     shutil.copytree(best, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
     (folder / f"{CANDIDATES}.json").write_text(json.dumps([about for _, about in tried], indent=2) + "\n", encoding="utf-8")
     return Run(folder)
 
 
-def _try(spec: RunSpec, folder: Path, observer: Observer | None) -> tuple[Path, dict[str, Any]]:
+def _try(spec: RunSpec, folder: Path, observer: Observer | None, consortium: Consortium | None) -> tuple[Path, dict[str, Any]]:
     """Run a candidate; return its folder, and its tuning, last validation loss and costs."""
     if observer is not None:
         observer.row({"kind": "candidate", "label": folder.name})
-    run = execute(spec, output=folder, observer=observer)
+    run = execute(spec, output=folder, observer=observer, consortium=consortium)
     losses = [row["mean"] for row in run.rows("validation") if row["mean"] is not None]
     if not losses:
         raise SpecError("no site has a validation window to choose by", hint="give the tuning one value")

@@ -30,6 +30,7 @@ class RunFolder:
         results.parquet      the test scores
         samples.json         forecasts beside their truth, for the report
         report.html          the page
+        audit.jsonl          what was sent, received, dropped and kept
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -162,6 +163,8 @@ class RunFolder:
 
 def verb(spec: RunSpec) -> str:
     """Return the verb of ``fedcast`` that runs a spec."""
+    if spec.federation.fleet == "flower":
+        return "run"
     return "pretrain" if spec.model.checkpoint is None else "finetune"
 
 

@@ -11,14 +11,13 @@ import numpy as np
 
 from fedcast.data.catalogue import load_domains, split_domains
 from fedcast.data.partition import partition
-from fedcast.data.splits import MIN_CONTEXT, Splits, split_store
 from fedcast.data.store import SeriesStore
-from fedcast.data.windows import WindowSampler
-from fedcast.errors import SpecError, SplitError
+from fedcast.errors import SpecError
 from fedcast.federated.conflict import check_reportable
 from fedcast.federated.fleet import Fleet, ThreadFleet
 from fedcast.federated.plan import Plan
 from fedcast.federated.site import Site, SiteRole
+from fedcast.federated.survey import survey
 from fedcast.federated.workers import ProcessFleet
 from fedcast.methods.base import Method
 from fedcast.run.folder import RunFolder
@@ -41,6 +40,8 @@ class Prepared:
         How many series of a site are too short to be split, or to be trained on at the site's share of them, where any are.
     fingerprint
         SHA-256 over the data of all sites.
+    fleet
+        The fleet, where the sites are on other machines.
     """
 
     roles: dict[str, SiteRole]
@@ -48,6 +49,7 @@ class Prepared:
     samples: dict[str, int]
     left_out: dict[str, int]
     fingerprint: str
+    fleet: Fleet | None = None
 
 
 def prepare(spec: RunSpec, method: Method) -> Prepared:
@@ -93,12 +95,12 @@ def prepare(spec: RunSpec, method: Method) -> Prepared:
     roles |= others
     stores |= {name: loaded[name] for name in others if name != POOL}
     method.check(sorted(name for name, role in roles.items() if role.trains))
-    samplers = {name: _sampler(name, stores[name], spec) for name in roles}
-    _check_sites(spec, method, roles, stores, samplers)
-    equal = spec.federation.weights == "equal"
-    samples = {name: 1 if equal else samplers[name].n_points for name, role in roles.items() if role.trains}
-    used = {name: sampler.splits.trained if _learns_from(roles[name]) else sampler.splits.kept for name, sampler in samplers.items()}
-    left_out = {name: int((~(part | samplers[name].splits.only_tested)).sum()) for name, part in used.items()}
+    surveys = {name: survey(role, stores[name], spec) for name, role in sorted(roles.items())}
+    if spec.evaluation.conflict:
+        trains = {name: role.trains for name, role in roles.items() if role.evaluates and not role.held_out}
+        check_reportable(spec, method, trains, {name: each.sampler for name, each in surveys.items()})
+    samples = {name: surveys[name].samples for name, role in roles.items() if role.trains}
+    left_out = {name: surveys[name].left_out for name in roles}
     hasher = hashlib.sha256()
     for name in sorted({*training, *held_out}):
         hasher.update(f"{name}:{loaded[name].fingerprint}\n".encode())
@@ -111,61 +113,16 @@ def load_training(data: DataSpec) -> dict[str, SeriesStore]:
     return load_domains(data, training)
 
 
-def _sampler(site: str, store: SeriesStore, spec: RunSpec) -> WindowSampler:
-    try:
-        splits = split_store(store, spec.data, spec.model.horizon)
-    except SplitError as error:
-        raise SplitError(f"site {site}: {error.message}", hint=error.hint) from error
-    return WindowSampler(store, splits, context=spec.model.context, horizon=spec.model.horizon)
-
-
-def _learns_from(role: SiteRole) -> bool:
-    return role.trains or role.name == POOL
-
-
-def _check_sites(
-    spec: RunSpec,
-    method: Method,
-    roles: Mapping[str, SiteRole],
-    stores: Mapping[str, SeriesStore],
-    samplers: Mapping[str, WindowSampler],
-) -> None:
-    """Look at every site before anything trains: a domain that is too short must not fail at the end of a long run."""
-    for name, role in sorted(roles.items()):
-        if role.evaluates:
-            _check_scored(name, stores[name], samplers[name].splits, spec)
-        if _learns_from(role) and spec.data.share < 1:
-            _check_used(name, samplers[name], spec)
-    if spec.evaluation.conflict:
-        trains = {name: role.trains for name, role in roles.items() if role.evaluates and not role.held_out}
-        check_reportable(spec, method, trains, samplers)
-
-
-def _check_scored(site: str, store: SeriesStore, splits: Splits, spec: RunSpec) -> None:
-    for horizon in spec.evaluation.horizons:
-        if not len(WindowSampler(store, splits, context=spec.model.context, horizon=horizon).evaluation("test", 1)):
-            raise SplitError(
-                f"site {site}: no test part holds {horizon} steps",
-                hint="take that horizon out of evaluation.horizons, or raise model.horizon or data.test",
-            )
-
-
-def _check_used(site: str, sampler: WindowSampler, spec: RunSpec) -> None:
-    if not sampler.n_windows:
-        splits = sampler.splits
-        raise SplitError(
-            f"site {site}: no series has a window to train on in the latest {spec.data.share:g} of its train part "
-            f"(the longest train part has {int(splits.train_end[splits.kept].max())} steps, a window {spec.model.horizon + MIN_CONTEXT})",
-            hint="raise data.share, lower model.horizon, or leave that domain out of data.domains",
-        )
-
-
 def start_fleet(plan: Plan, prepared: Prepared, folder: RunFolder) -> Fleet:
     """Start the fleet a spec asks for."""
     spec = plan.spec
     workers = spec.federation.workers
+    if prepared.fleet is not None:
+        return prepared.fleet
     if spec.federation.fleet == "threads":
-        sites = {name: Site(role, prepared.stores[name], plan, folder.sites / name) for name, role in prepared.roles.items()}
+        sites = {
+            name: Site(role, prepared.stores[name], plan, folder.sites / name, simulated=True) for name, role in prepared.roles.items()
+        }
         return ThreadFleet(sites, workers)
     stores = _save_stores(prepared.stores, folder.stores)
     return ProcessFleet(list(prepared.roles.values()), stores, spec, folder.sites, workers)

@@ -16,18 +16,22 @@ from torch import Tensor
 
 import fedcast.methods  # noqa: F401 - registers the methods
 from fedcast.data.leakage import WITHOUT_TRAINING, exposures
-from fedcast.errors import SpecError
+from fedcast.errors import PrivacyBudgetError, SpecError
+from fedcast.federated.audit import NAME as AUDIT
+from fedcast.federated.audit import AuditLog
 from fedcast.federated.checkpoint import Checkpoints, Progress, digest
 from fedcast.federated.messages import Reply
 from fedcast.federated.plan import Plan
 from fedcast.federated.rounds import Observer, RoundLoop, Silent
+from fedcast.federated.silo import check_ranks
 from fedcast.federated.site import SiteRole
 from fedcast.federated.workspace import build_mixture
 from fedcast.methods.base import Server, build_method, empty
 from fedcast.models.base import ModelConfig
 from fedcast.models.checkpoints import weights_digest
 from fedcast.run.folder import RunFolder, write_text
-from fedcast.run.prepare import Prepared, prepare, start_fleet
+from fedcast.run.prepare import Prepared, start_fleet
+from fedcast.run.remote import Consortium, gathered
 from fedcast.spec import RunSpec, load_spec
 from fedcast.training.backend import Backend
 from fedcast.training.memory import peak_bytes, reset_peak
@@ -71,6 +75,7 @@ def pretrain(
     output: str | Path | None = None,
     overrides: Sequence[str] = (),
     observer: Observer | None = None,
+    consortium: Consortium | None = None,
 ) -> Run:
     """Train a model over the spec's domains and score it on theirs and on held-out ones.
 
@@ -86,6 +91,8 @@ def pretrain(
         Dotted assignments such as ``"federation.rounds=5"``, when ``spec`` is a path.
     observer
         Hears of phases, sites and rows.
+    consortium
+        Where the sites are, for ``federation.fleet = "flower"``.
 
     Returns
     -------
@@ -103,22 +110,26 @@ def pretrain(
             f"the spec starts from the checkpoint {run_spec.model.checkpoint}, which is no training from scratch",
             hint="use `fedcast finetune`",
         )
-    return execute(run_spec, output=output, observer=observer)
+    return execute(run_spec, output=output, observer=observer, consortium=consortium)
 
 
-def execute(run_spec: RunSpec, *, output: str | Path | None, observer: Observer | None) -> Run:
+def execute(run_spec: RunSpec, *, output: str | Path | None, observer: Observer | None, consortium: Consortium | None = None) -> Run:
     """Run a spec, from scratch or from its checkpoint; see :func:`pretrain`."""
     method = build_method(run_spec.method)
     folder = RunFolder(output if output is not None else Path("runs") / run_spec.name)
     plan = Plan(run_spec, method)
     training = plan.training  # builds the model: what does not go together is named before data are read
-    prepared = prepare(run_spec, method)
-    with folder.locked():
+    plan.guards.check(plan)
+    check_ranks(plan)
+    with gathered(run_spec, method, consortium) as prepare_sites, folder.locked():
         # Chosen once, by whoever started the run: every site computes alike, also after a resume elsewhere.
         resumes = (folder.path / "run.json").is_file()
         backend = Backend.recorded(folder.about()) if resumes else Backend.resolve(training)
-        held = folder.claim(run_spec, _about(plan, prepared, backend))
         resolved = plan.computing_with(backend.written_into(run_spec.training))
+        prepared = prepare_sites(plan, resolved.spec.training)
+        for guard in plan.guards:
+            guard.check_sites(plan, sorted(prepared.samples))
+        held = folder.claim(run_spec, _about(plan, prepared, backend))
         if not (held and (folder.path / "results.parquet").is_file()):
             with backend.in_use():
                 _Training(resolved, prepared, folder, observer or Silent()).run(resume=held)
@@ -169,7 +180,10 @@ class _Training:
         self._folder.rewind(self._server.round, progress.rows)
         threads = torch.get_num_threads()
         fleet = start_fleet(self._plan, self._prepared, self._folder)
+        audit = AuditLog(self._folder.path / AUDIT)
+        about = {"spec": self._folder.about()["spec_fingerprint"], "version": __version__, "code": code_version()}
         try:
+            audit.append("run-resumed" if resume else "run-started", durable=True, round=self._server.round, **about)
             loop = RoundLoop(
                 plan=self._plan,
                 fleet=fleet,
@@ -180,13 +194,21 @@ class _Training:
                 log=self._folder.append,
                 keep_best=lambda _: self._save_unseen(self._folder.best),
                 observer=self._observer,
+                record=audit.append,
             )
-            progress = loop.run(progress)
+            try:
+                progress = loop.run(progress)
+            except PrivacyBudgetError:
+                self._save_unseen(self._folder.final)
+                raise
             self._finish(loop, progress)
+            audit.append("run-finished", durable=True, round=self._server.round, weights_sha256=digest(self._server))
         finally:
+            # First: a terminal that shows a bar hides the cursor, and whatever is said next would be drawn over.
+            self._observer.finish()
             fleet.close()
+            audit.close()
             torch.set_num_threads(threads)
-        self._observer.finish()
 
     def _finish(self, loop: RoundLoop, progress: Progress) -> None:
         """Score the final model, save it, and write the results."""
@@ -207,7 +229,11 @@ class _Training:
             answers |= loop.evaluate(unseen, {"part": "test", "baselines": True})
         rows, samples = [], []
         shared = self._row_of_run(progress)
-        exposed = exposures(self._spec.data, self._spec.data.source, answers)
+        if self._spec.federation.fleet == "flower":
+            # What lies at a site is known by the site's name alone.
+            exposed = {site: "seen" if roles[site].trains else "unseen" for site in answers}
+        else:
+            exposed = dict(exposures(self._spec.data, self._spec.data.source, answers))
         if self._spec.model.checkpoint is not None:
             # What a checkpoint was trained on is not known here.
             exposed = {site: "seen" if found == "seen" and self._server.rounds else "unknown" for site, found in exposed.items()}
@@ -230,7 +256,7 @@ class _Training:
             results = []
             for number, first in enumerate(answers[0][site].meta["results"]):
                 scores = [answer[site].meta["results"][number]["scores"] for answer in answers]
-                average = {name: sum(float(score[name]) for score in scores) / len(scores) for name in scores[0]}
+                average = {name: sum(_score(score[name]) for score in scores) / len(scores) for name in scores[0]}
                 results.append({**first, "scores": average})
             mean[site] = Reply(meta={**answers[0][site].meta, "results": results})
         return mean
@@ -258,6 +284,7 @@ class _Training:
             "gradient_steps": steps,
             "tuning": spec.tuning.name,
             "tuning_options": json.dumps(spec.tuning.options, sort_keys=True),
+            "guards": json.dumps(spec.to_dict()["guards"], sort_keys=True),
             "checkpoint": self._folder.spec().model.checkpoint,
             "parameters": self._plan.parameters,
             "parameters_trained": self._server.layout.size if self._server.rounds else 0,
@@ -298,6 +325,12 @@ class _Training:
         self._plan.save(weights, self._server.tensors, folder)
 
 
-def _number(value: float) -> float | None:
+def _score(value: float | None) -> float:
+    # A score that does not exist is NaN where it was made, and null once it has crossed a wire.
+    return float("nan") if value is None else float(value)
+
+
+def _number(value: float | None) -> float | None:
     # JSON has no NaN; a score that does not exist is null.
-    return None if value != value else float(value)
+    score = _score(value)
+    return None if score != score else score
