@@ -80,6 +80,8 @@ def seconds(work: Callable[[], object], repeats: int) -> float:
 class ReadyFleet:
     """Sites that answer at once: copies of the tensors they were sent, as if they had come over a wire."""
 
+    simulated = True
+
     def __init__(self, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], private: int) -> None:
         self._names = list(names)
         generator = torch.Generator().manual_seed(0)
@@ -91,13 +93,16 @@ class ReadyFleet:
         return self._names
 
     def run(self, tasks: Mapping[str, Task], deadline_s: float | None) -> Iterator[tuple[str, Reply]]:
-        """Answer every task."""
-        meta = {"samples": SAMPLES, "steps": 1, "loss": 1.0, "seconds": 0.0, "compute_seconds": 0.0, "metrics": {}}
+        """Answer every task, keeping no reply while the next is made."""
         for name, task in tasks.items():
-            tensors = {"shared": task.tensors["shared"].clone(), **{key: value.clone() for key, value in self._ready.items()}}
-            if task.meta["export"]:
-                tensors["private"] = self._private.clone()
-            yield name, Reply(tensors, meta)
+            yield name, self._answer(task)
+
+    def _answer(self, task: Task) -> Reply:
+        meta = {"samples": SAMPLES, "steps": 1, "loss": 1.0, "seconds": 0.0, "compute_seconds": 0.0, "metrics": {}}
+        tensors = {"shared": task.tensors["shared"].clone(), **{key: value.clone() for key, value in self._ready.items()}}
+        if task.meta["export"]:
+            tensors["private"] = self._private.clone()
+        return Reply(tensors, meta, task=task.id)
 
     def close(self) -> None:
         """Do nothing."""
@@ -143,6 +148,13 @@ def clients_point(clients: int, method_name: str, real: bool) -> Quantities:
 
 def _rounds(spec: RunSpec, clients: int, real: bool, folder: RunFolder, watch: Stopwatch) -> None:
     """Run the rounds of a federation; the last one, which exports private weights, ends after the stopwatch's last note."""
+    loop = federation(spec, clients, folder, watch, real=real)
+    loop.run(Progress())
+    loop.fleet.close()
+
+
+def federation(spec: RunSpec, clients: int, folder: RunFolder, watch: Silent, *, real: bool) -> RoundLoop:
+    """Return the round loop of a federation of real sites, or of sites that answer at once."""
     method = build_method(spec.method)
     plan = Plan(spec, method)
     layout, initial = plan.layout, plan.initial
@@ -156,7 +168,7 @@ def _rounds(spec: RunSpec, clients: int, real: bool, folder: RunFolder, watch: S
         fleet = ThreadFleet(sites, spec.federation.workers)
     else:
         fleet = ReadyFleet(names, method.reply_shapes(plan.shape), layout.private_size)
-    loop = RoundLoop(
+    return RoundLoop(
         plan=plan,
         fleet=fleet,
         roles=roles,
@@ -167,8 +179,6 @@ def _rounds(spec: RunSpec, clients: int, real: bool, folder: RunFolder, watch: S
         keep_best=lambda server: None,
         observer=watch,
     )
-    loop.run(Progress())
-    fleet.close()
 
 
 def step_point(size: str, context: int, repeats: int) -> Quantities:

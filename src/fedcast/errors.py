@@ -16,9 +16,16 @@
     │   ├── ScreenError              41  a message does not match its declared layout
     │   ├── WireError                42  bytes are not a message
     │   ├── QuorumError              43  too few usable replies
-    │   └── SiteError                44  a site failed; its message carries no traceback
+    │   ├── SiteError                44  a site failed; its message carries no traceback
+    │   ├── ConsortiumError          45  a kit of a consortium is missing, damaged or does not fit
+    │   │   ├── UnreachableError     46  a coordinator does not answer
+    │   │   ├── CertificateError     47  a coordinator's certificate is not to be trusted: its authority, dates or host name
+    │   │   └── IdentityError        48  a site's key is not one that the coordinator has registered
+    │   ├── SecureSumError           49  masks or shares of a sum do not open, or would open more than the sum
+    │   └── PrivacyBudgetError       70  the next round would spend more privacy than the budget has left
     ├── RunError                     50  a run folder cannot be used
-    │   └── ResumeError              51  a run folder belongs to another spec
+    │   ├── ResumeError              51  a run folder belongs to another spec
+    │   └── AuditError               52  an audit log does not hold together: the first line that does not is named
     └── MissingExtraError            60  an optional library is not installed
 
 Every class has a ``code`` (stable, kebab-case), an ``exit_code`` (the number ``fedcast`` exits with), a sentence that names the
@@ -232,6 +239,48 @@ class SiteError(FederationError):
     exit_code = 44
 
 
+class ConsortiumError(FederationError):
+    """A kit of a consortium is missing, damaged or does not fit."""
+
+    code = "consortium"
+    exit_code = 45
+
+
+class UnreachableError(ConsortiumError):
+    """A coordinator does not answer."""
+
+    code = "unreachable"
+    exit_code = 46
+
+
+class CertificateError(ConsortiumError):
+    """A coordinator's certificate is not to be trusted: its authority, its dates or its host name; or there is no TLS at all."""
+
+    code = "certificate"
+    exit_code = 47
+
+
+class IdentityError(ConsortiumError):
+    """A site's key is not one that the coordinator has registered."""
+
+    code = "identity"
+    exit_code = 48
+
+
+class SecureSumError(FederationError):
+    """Masks or shares of a secure sum do not open, or would open more than the sum."""
+
+    code = "secure-sum"
+    exit_code = 49
+
+
+class PrivacyBudgetError(FederationError):
+    """The next round would spend more privacy than the budget has left; the model is as it was."""
+
+    code = "privacy-budget"
+    exit_code = 70
+
+
 class RunError(FedcastError):
     """A run folder cannot be used."""
 
@@ -244,6 +293,13 @@ class ResumeError(RunError):
 
     code = "resume"
     exit_code = 51
+
+
+class AuditError(RunError):
+    """An audit log does not hold together; the first line that does not is named."""
+
+    code = "audit"
+    exit_code = 52
 
 
 class MissingExtraError(FedcastError):

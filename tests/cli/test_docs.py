@@ -13,6 +13,7 @@ import pytest
 
 import fedcast
 from fedcast import errors
+from fedcast.cli.main import app
 from fedcast.methods.base import METHODS
 from fedcast.tuning.base import TUNINGS
 
@@ -84,6 +85,8 @@ def test_when_a_page_shows_commands_then_they_run(
     if page.name == "finetuning.md":
         for library in ("chronos", "peft"):
             pytest.importorskip(library)
+    if page.name == "consortium.md":
+        pytest.importorskip("cryptography")
     for block in blocks_of(page):
         if block.language == "python":
             run_python(block.text, tmp_path, monkeypatch)
@@ -113,6 +116,13 @@ def test_when_an_error_exists_then_the_docs_have_its_exit_code() -> None:
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     classes = [cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, errors.FedcastError)]
     assert [cls.__name__ for cls in classes if f"| {cls.exit_code} | `{cls.code}` |" not in text] == []
+
+
+def test_when_a_verb_exists_then_the_docs_have_it() -> None:
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    verbs = [str(command.name) for command in app.registered_commands]
+    behind = [f"{group.name} {verb.name}" for group in app.registered_groups for verb in group.typer_instance.registered_commands]
+    assert [verb for verb in (*verbs, *behind) if not re.search(rf"`{verb}[ `]", text)] == []
 
 
 def test_when_a_method_is_registered_then_the_readme_has_a_row_for_it() -> None:

@@ -36,6 +36,11 @@ def test_when_every_kind_of_key_is_a_flag_then_the_spec_takes_its_value() -> Non
     assert (spec.model.checkpoint, spec.tuning.name, spec.tuning.options) == ("owner/name", "sff", {"alpha": "validation", "rank": 4})
 
 
+def test_when_guards_are_given_as_a_flag_then_they_are_the_list() -> None:
+    spec = _apply(["--guards", '[{name="clip", norm=5.0}, {name="screen"}]'])
+    assert [(guard.name, guard.options) for guard in spec.guards] == [("clip", {"norm": 5.0}), ("screen", {})]
+
+
 @given(st.text())
 def test_when_a_value_is_text_then_it_arrives_unchanged(text: str) -> None:
     assert _apply([f"--data.source={text}"]).data.source == text
@@ -72,6 +77,7 @@ def test_when_keys_are_listed_then_all_but_options_are_there() -> None:
         ("tuple[Literal['a', 'b'], ...]", "list of a|b"),
         ("float | None", "float"),
         ("int", "int"),
+        ("tuple[fedcast.spec.GuardSpec, ...]", "list of table"),
         ("Annotated[float, Field(gt=0)] | None", "float"),
         ("tuple[Annotated[int, FieldInfo(metadata=[Ge(ge=1)])], ...]", "list of int"),
     ],

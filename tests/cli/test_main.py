@@ -20,6 +20,7 @@ VERBS = [
     "evaluate",
     "finetune",
     "forecast",
+    "guards",
     "init",
     "landscape",
     "leakage",
@@ -28,14 +29,24 @@ VERBS = [
     "models",
     "pretrain",
     "report",
+    "run",
     "tunings",
     "version",
 ]
-HEAVY = {"torch", "pandas", "numpy", "pydantic", "plotly", "pyarrow", "statsforecast", "scipy"}
+GROUPS = {
+    "audit": ["verify"],
+    "consortium": ["add", "init", "remove", "renew", "status"],
+    "coordinator": ["start"],
+    "site": ["start"],
+}
+"""Words with verbs behind them."""
+HEAVY = {"torch", "flwr", "cryptography", "pandas", "numpy", "pydantic", "plotly", "pyarrow", "statsforecast", "scipy"}
 
 
 def test_when_verbs_are_counted_then_all_are_there() -> None:
     assert sorted(command.name or "" for command in app.registered_commands) == VERBS
+    behind = {group.name: sorted(verb.name or "" for verb in group.typer_instance.registered_commands) for group in app.registered_groups}
+    assert behind == GROUPS
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -50,7 +61,16 @@ def test_when_a_verb_is_asked_for_help_then_it_answers_and_takes_json(fedcast: C
 def test_when_nothing_or_help_is_asked_then_every_verb_is_listed(fedcast: Callable[..., object], words: list[str]) -> None:
     answer = fedcast(*words)
     assert answer.code == 0
-    assert all(f" {verb} " in answer.out for verb in VERBS)
+    assert all(f" {verb} " in answer.out for verb in (*VERBS, *GROUPS))
+
+
+@pytest.mark.parametrize(("word", "verbs"), GROUPS.items())
+def test_when_a_word_with_verbs_behind_it_is_asked_for_help_then_they_are_listed(
+    fedcast: Callable[..., object], word: str, verbs: list[str]
+) -> None:
+    answer = fedcast(word, "--help")
+    assert answer.code == 0
+    assert all(f" {verb} " in answer.out for verb in verbs)
 
 
 def test_when_help_is_shown_then_no_heavy_library_is_imported() -> None:
@@ -78,6 +98,12 @@ def test_when_an_argument_is_missing_then_the_hint_names_the_verbs_help(fedcast:
     assert answer.code == 2
     assert "SPEC.toml" in answer.err
     assert answer.err.endswith("hint: fedcast pretrain --help\n")
+
+
+def test_when_an_option_of_a_verb_behind_a_word_is_missing_then_the_hint_names_that_verbs_help(fedcast: Callable[..., object]) -> None:
+    answer = fedcast("consortium", "init", "anywhere")
+    assert answer.code == 2
+    assert answer.err.endswith("hint: fedcast consortium init --help\n")
 
 
 def test_when_the_command_line_cannot_be_read_under_json_then_stdout_holds_the_error(fedcast: Callable[..., object]) -> None:

@@ -11,7 +11,7 @@ from typer.core import TyperCommand
 from fedcast.cli.output import console
 from fedcast.errors import SpecError, UnknownNameError
 
-_TOP_LEVEL = ("name", "seed")
+_TOP_LEVEL = ("name", "seed", "guards")
 _NAMED = ("method", "tuning")
 """Sections whose further keys are the hyper-parameters of what they name."""
 
@@ -31,6 +31,7 @@ def readable_type(kind: str) -> str:
     """Return a type's name for a person: ``Literal['a', 'b']`` is ``a|b``, ``tuple[str, ...]`` is ``list of str``."""
     kind = re.sub(r"Annotated\[(\w+), (?:[^\[\]]|\[[^\[\]]*\])*\]", r"\1", kind)
     kind = re.sub(r"Literal\[([^\]]*)\]", lambda found: found.group(1).replace("'", "").replace(", ", "|"), kind)
+    kind = re.sub(r"fedcast\.spec\.\w+", "table", kind)
     kind = re.sub(r"tuple\[(.*), \.\.\.\]", r"list of \1", kind)
     return kind.replace(" | None", "")
 

@@ -12,13 +12,28 @@ from typing import Annotated, NoReturn
 import typer
 from click.exceptions import ClickException
 
-from fedcast.cli import benchmark, landscape, leakage, machine, models, predict, prepare, results, train
+from fedcast.cli import (
+    audit,
+    benchmark,
+    consortium,
+    coordinator,
+    landscape,
+    leakage,
+    machine,
+    models,
+    predict,
+    prepare,
+    results,
+    site,
+    train,
+)
 from fedcast.cli.flags import SpecCommand
 from fedcast.cli.output import emit, fail, note
+from fedcast.cli.run import run as run_spec
 from fedcast.errors import FedcastError
 
 INTERRUPTED = 130
-RESUMABLE = ("pretrain", "finetune", "benchmark")
+RESUMABLE = ("pretrain", "finetune", "run", "benchmark")
 """Verbs that go on where they were when they are started again."""
 
 app = typer.Typer(
@@ -31,19 +46,29 @@ app = typer.Typer(
 )
 
 
-def _add(verb: Callable[..., None], panel: str, cls: type[SpecCommand] | None = None) -> None:
+def _add(verb: Callable[..., None], panel: str | None, cls: type[SpecCommand] | None = None, to: typer.Typer = app) -> None:
     """Register a verb; its help is the first sentence of its docstring, without the final period."""
     summary = (verb.__doc__ or "").strip().split("\n\n")[0].rstrip(".")
-    app.command(verb.__name__, help=" ".join(summary.split()), rich_help_panel=panel, cls=cls)(verb)
+    to.command(verb.__name__, help=" ".join(summary.split()), rich_help_panel=panel, cls=cls)(verb)
+
+
+def _add_group(name: str, summary: str, panel: str, *verbs: Callable[..., None]) -> None:
+    """Register verbs that stand behind a common word, such as ``fedcast consortium init``."""
+    group = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+    for verb in verbs:
+        _add(verb, None, to=group)
+    app.add_typer(group, name=name, help=summary, rich_help_panel=panel)
 
 
 _add(prepare.check, "Data and specs")
 _add(prepare.init, "Data and specs")
 _add(prepare.methods, "Data and specs")
 _add(prepare.tunings, "Data and specs")
+_add(prepare.guards, "Data and specs")
 _add(models.models, "Data and specs")
 _add(train.pretrain, "Training and forecasting", SpecCommand)
 _add(train.finetune, "Training and forecasting", SpecCommand)
+_add(run_spec, "Training and forecasting", SpecCommand)
 _add(predict.forecast, "Training and forecasting")
 _add(predict.evaluate, "Training and forecasting")
 _add(benchmark.benchmark, "Training and forecasting")
@@ -51,6 +76,19 @@ _add(results.compare, "Results")
 _add(results.report, "Results")
 _add(landscape.landscape, "Results")
 _add(leakage.leakage, "Results")
+_add_group(
+    "consortium",
+    "Make the kits of many machines, and see how they are",
+    "Many machines",
+    consortium.init,
+    consortium.add,
+    consortium.remove,
+    consortium.renew,
+    consortium.status,
+)
+_add_group("coordinator", "Run a consortium's coordinator", "Many machines", coordinator.start)
+_add_group("site", "Take part in a consortium as a site", "Many machines", site.start)
+_add_group("audit", "Check the audit log of a run or a site", "Many machines", audit.verify)
 _add(machine.machine, "This installation")
 _add(prepare.version, "This installation")
 
@@ -89,19 +127,18 @@ def run(arguments: Sequence[str]) -> int:
     except FedcastError as error:
         return fail(error.to_json(), as_json)
     except ClickException as error:
-        verb = f" {words[0]}" if not words[0].startswith("-") and _is_verb(words[0]) else ""
+        context = getattr(error, "ctx", None)
         message = error.format_message().strip().rstrip(".")
-        return fail({"error": "usage", "exit_code": 2, "message": message, "hint": f"fedcast{verb} --help"}, as_json)
+        if not message:
+            return error.exit_code  # the verbs behind a common word were listed
+        command = "fedcast" if context is None else context.command_path
+        return fail({"error": "usage", "exit_code": 2, "message": message, "hint": f"{command} --help"}, as_json)
     if code == INTERRUPTED:
         hint = f"{'resume' if words[0] in RESUMABLE else 'start again'} with the same command"
         if as_json:
             emit({"error": "interrupted", "exit_code": INTERRUPTED, "message": "interrupted", "hint": hint})
         note("interrupted", hint=hint)
     return int(code or 0)
-
-
-def _is_verb(word: str) -> bool:
-    return any(command.name == word for command in app.registered_commands)
 
 
 def main() -> NoReturn:

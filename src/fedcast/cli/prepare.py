@@ -1,4 +1,4 @@
-"""Verbs before a run: ``check``, ``init``, ``methods``, ``tunings`` and ``version``."""
+"""Verbs before a run: ``check``, ``init``, ``methods``, ``tunings``, ``guards`` and ``version``."""
 
 from __future__ import annotations
 
@@ -99,6 +99,14 @@ def tunings(name: Name = None, json: Json = False) -> None:
     from fedcast.tuning.base import TUNINGS
 
     _list("tuning", TUNINGS, name, json)
+
+
+def guards(name: Name = None, json: Json = False) -> None:
+    """List the guards, the steps around any method that a spec lists, and their options."""
+    import fedcast.federated.guards  # noqa: F401 - registers the guards
+    from fedcast.federated.guards.base import GUARDS
+
+    _list("guard", GUARDS, name, json)
 
 
 def _list(kind: str, known: Mapping[str, Any], name: str | None, json: bool) -> None:

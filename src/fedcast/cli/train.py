@@ -30,11 +30,11 @@ def pretrain(spec: Spec, set: Assignments = None, output: Output = None, json: J
 
     Every key of the spec is a flag too, such as ``--federation.rounds 5``.
     """
-    described = _described(spec, set, output)
+    described = read_spec(spec, set, output)
     from fedcast.report.console import ProgressObserver
     from fedcast.run.pretrain import pretrain as train
 
-    _show(train(described, output=output, observer=None if json else ProgressObserver()), json)
+    show_run(train(described, output=output, observer=None if json else ProgressObserver()), json)
 
 
 def finetune(spec: Spec, set: Assignments = None, output: Output = None, json: Json = False) -> None:
@@ -42,14 +42,14 @@ def finetune(spec: Spec, set: Assignments = None, output: Output = None, json: J
 
     ``model.checkpoint`` names it. Every key of the spec is a flag too, such as ``--tuning.name lora``.
     """
-    described = _described(spec, set, output)
+    described = read_spec(spec, set, output)
     from fedcast.report.console import ProgressObserver
     from fedcast.run.finetune import finetune as train
 
-    _show(train(described, output=output, observer=None if json else ProgressObserver()), json)
+    show_run(train(described, output=output, observer=None if json else ProgressObserver()), json)
 
 
-def _described(spec: Path, assignments: list[str] | None, output: Path | None) -> RunSpec:
+def read_spec(spec: Path, assignments: list[str] | None, output: Path | None) -> RunSpec:
     """Read the spec and check the run folder, before torch is imported, so that a wrong key is named at once."""
     from fedcast.spec import load_spec
 
@@ -58,7 +58,7 @@ def _described(spec: Path, assignments: list[str] | None, output: Path | None) -
     return described
 
 
-def _show(run: Run, json: bool) -> None:
+def show_run(run: Run, json: bool) -> None:
     """Write a finished run's report and print what came out."""
     from fedcast.report.page import write_report
     from fedcast.run.folder import RunFolder
