@@ -32,6 +32,7 @@ from benchmarks.tables import markdown, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 4
+WIRE_ROUNDS = 2
 FEDCAST = [sys.executable, "-m", "fedcast"]
 COLUMNS = ["", "seconds a round", "first round", "all, with start and scores", "CPU-seconds", "peak memory, MB"]
 
@@ -111,7 +112,8 @@ def watched(
     found["wall"] = time.perf_counter() - start
     found["memory"], found["cpu"] = watch.stop()
     if code:
-        raise RuntimeError(f"{name} ended with {code}; see {log.name}")
+        said = Path(log.name).read_text(encoding="utf-8", errors="replace")
+        raise RuntimeError(f"{name} ended with {code}: {said[-2000:]}")
     yield found
 
 
@@ -236,7 +238,7 @@ def wire(size: str, folder: Path) -> list[dict[str, Any]]:
     data = folder / "wire-data"
     data.mkdir()
     names = write_sites(data, 1)
-    spec = write_spec(folder, data, size, ROUNDS)
+    spec = write_spec(folder, data, size, WIRE_ROUNDS)
     settings = {
         "raw float32": [],
         "bf16 both ways": ['guards=[{name="compress", codec="bf16", direction="both"}]'],
@@ -266,6 +268,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--clients", type=int, default=20)
     parser.add_argument("--parts", nargs="+", default=["fleets", "memory", "wire"], choices=["fleets", "memory", "wire"])
     parser.add_argument("--flower-python", default=os.environ.get("FLOWER_PYTHON"), help="python of an environment with flwr[simulation]")
+    parser.add_argument("--fleets", nargs="+", default=["threads", "processes", "flower", "simulation"], help="which of them")
     parser.add_argument("--wire-size", default="base", help="size of the model that is sent over TLS")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--server-memory", nargs=2, metavar=("SIZE", "CLIENTS"), help=argparse.SUPPRESS)
@@ -303,9 +306,10 @@ def fleets(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     data.mkdir()
     names = write_sites(data, arguments.clients)
     spec = write_spec(folder, data, arguments.size, ROUNDS)
-    found = [fedcast(fleet, spec, folder) for fleet in ("threads", "processes")]
-    found.append(deployment(spec, data, names, folder))
-    if arguments.flower_python:
+    found = [fedcast(fleet, spec, folder) for fleet in ("threads", "processes") if fleet in arguments.fleets]
+    if "flower" in arguments.fleets:
+        found.append(deployment(spec, data, names, folder))
+    if "simulation" in arguments.fleets and arguments.flower_python:
         from benchmarks import floor
 
         size = floor.parameters(floor.configuration(arguments.size, 64))

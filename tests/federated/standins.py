@@ -66,7 +66,7 @@ class StandIn:
             (self.released if self.deaf else self.stopped).wait(self.seconds)
         return trained(self.name, task)
 
-    def give_up(self) -> None:
+    def give_up(self, task: str) -> None:
         """Hear, if at all, that the round is over."""
         self.stopped.set()
 

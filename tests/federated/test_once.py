@@ -143,7 +143,17 @@ def test_when_the_round_is_over_then_training_ends_at_its_next_step_and_leaves_n
     while not site._busy.locked():
         time.sleep(0.01)
     time.sleep(0.3)
-    site.give_up()
+    site.give_up("")
     thread.join(20)
     assert replies[0].error == "site: the round is over"
     assert not list(tmp_path.glob("state-*"))
+
+
+def test_when_a_task_is_given_up_before_it_begins_then_it_alone_is_not_done_and_once(tmp_path: Path) -> None:
+    site, shared = site_of("energy", tmp_path)
+    first, second = (Task("train", 1, {"shared": shared}, id=name) for name in ("first", "second"))
+    site.give_up("first")
+    assert site.run(first, Workspaces()).error == "round 1 is over"
+    assert site.run(first, Workspaces()).error is None
+    site.give_up("first")  # after it
+    assert site.run(second, Workspaces()).error is None

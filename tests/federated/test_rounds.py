@@ -272,7 +272,7 @@ class Slow:
         time.sleep(1.0)
         return Reply(meta={"samples": 1})
 
-    def give_up(self) -> None:
+    def give_up(self, task: str) -> None:
         """Go on all the same."""
 
 
@@ -281,6 +281,25 @@ def test_when_the_deadline_passes_then_the_fleet_returns_without_the_late_reply(
     start = time.monotonic()
     assert list(fleet.run({"slow": Task("train", 1)}, deadline_s=0.1)) == []
     assert time.monotonic() - start < 0.9
+    fleet.close()
+
+
+def test_when_a_worker_is_let_go_just_after_its_task_then_the_fleet_closes_at_once_and_names_nobody(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fleet = ThreadFleet({f"s{i}": Counted() for i in range(2)}, workers=2)  # type: ignore[misc]
+    tasks = {f"s{i}": Task("train", 1) for i in range(2)}
+    assert len(list(fleet.run(tasks, None))) == 2
+    time.sleep(0.1)
+    # As where a worker ends its task while its call ends: it waits for another one all the same.
+    worker = fleet._workers.pop()
+    worker.let_go = True
+    fleet._late.append(worker)
+    start = time.monotonic()
+    fleet.close()
+    assert time.monotonic() - start < 2
+    assert not caplog.text
+    assert len(list(fleet.run(tasks, None))) == 2
     fleet.close()
 
 

@@ -146,14 +146,14 @@ def at_work(tmp_path: Path) -> Iterator[tuple[Site, threading.Thread, list[Reply
     assert wait_for(lambda: len(ranks_alive(tmp_path)) == 3, 60)
     time.sleep(1)
     yield site, thread, replies
-    site.give_up()
+    site.give_up("")
     thread.join(30)
 
 
 @pytest.mark.slow
 def test_when_a_round_is_over_then_the_ranks_end(at_work: tuple[Site, threading.Thread, list[Reply]], tmp_path: Path) -> None:
     site, thread, replies = at_work
-    site.give_up()
+    site.give_up("")
     thread.join(30)
     assert [reply.error for reply in replies] == ["site: the round is over"]
     assert not ranks_alive(tmp_path)

@@ -95,7 +95,7 @@ class AuditLog:
     Raises
     ------
     AuditError
-        At the first line, when the file's last line is damaged in another way.
+        At the first line, or by :meth:`open`, when the file's last line is damaged in another way.
     """
 
     def __init__(self, path: Path) -> None:
@@ -108,6 +108,12 @@ class AuditLog:
     def head(self) -> str:
         """Hash of the last line; 64 zeros before the first."""
         return self._head
+
+    def open(self) -> None:
+        """Open the file where it is not open; :class:`AuditError` where nothing can be appended to it."""
+        with self._lock:
+            if self._file is None:
+                self._open()
 
     def append(self, event: str, *, durable: bool = False, **fields: Any) -> None:
         """Append a line.

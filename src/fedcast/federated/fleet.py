@@ -155,20 +155,24 @@ class ThreadFleet:
     def _end(self, call: _Call) -> None:
         """Stop what is still at work for a call."""
         call.over = True
-        for worker in [worker for worker in self._workers if worker.call is call]:
+        for worker in [worker for worker in (*self._workers, *self._late) if worker.call is call]:
             worker.let_go = True
             if site := worker.site:
-                self._sites[site].give_up()
-            self._workers.remove(worker)
-            self._late.append(worker)
+                self._sites[site].give_up(call.tasks[site].id)
+            if worker in self._workers:
+                self._workers.remove(worker)
+                self._late.append(worker)
 
     def close(self) -> None:
         """Let the threads end, and wait for them a few seconds: a site still at work could write into the run folder afterwards."""
-        for _ in self._workers:
+        workers = [*self._workers, *self._late]
+        # One each: a worker that was let go just after its last task waits for the next one as the others do.
+        for worker in workers:
+            worker.let_go = True
             self.jobs.put(None)
         end = time.monotonic() + _PATIENCE_S
-        for worker in (*self._workers, *self._late):
+        for worker in workers:
             worker.join(max(0.0, end - time.monotonic()))
-        for site in sorted(worker.site for worker in (*self._workers, *self._late) if worker.is_alive()):
+        for site in sorted(site for worker in workers if worker.is_alive() and (site := worker.site)):
             _LOG.warning("site %s has not returned from its last task and is left behind; its work does not count", site)
-        self._workers, self._late = [], []
+        self._workers, self._late, self.jobs = [], [], SimpleQueue()

@@ -28,7 +28,7 @@ class GuardedRound:
         The model's weights before any training, shared ones first.
     samples
         What each of the sites that are asked may weigh at most.
-    seed, folder, simulated, run
+    seed, folder, simulated, run, steps
         See :class:`~fedcast.federated.guards.base.GuardRound`.
     send
         Sends one task a site and yields the replies that come before the deadline.
@@ -51,6 +51,7 @@ class GuardedRound:
         simulated: bool,
         send: Callable[[Mapping[str, Task]], Iterable[tuple[str, Reply]]],
         run: str = "",
+        steps: Mapping[str, int] | None = None,
     ) -> None:
         self.guards, self.initial, self._send = guards, initial, send
         self.bytes_up = self.bytes_down = 0
@@ -65,6 +66,7 @@ class GuardedRound:
             simulated=simulated,
             exchange=self._exchange,
             run=run,
+            steps=steps or {},
         )
 
     def begin(self, tasks: Mapping[str, Task]) -> dict[str, Task]:

@@ -197,15 +197,15 @@ def screen(
     steps, metrics = reply.meta.get("steps"), reply.meta.get("metrics")
     if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps <= _MOST:
         raise ScreenError(f"claims {_shown(repr(steps))} steps", hint=hint)
-    if not _is_number(reply.meta.get("loss")):
+    if not is_number(reply.meta.get("loss")):
         raise ScreenError("loss is no finite number", hint=hint)
     for name in ("seconds", "compute_seconds"):
         # They are added up and logged: a sum must stay a number.
-        if not (_is_number(seconds := reply.meta.get(name)) and 0 <= seconds <= _MOST):
+        if not (is_number(seconds := reply.meta.get(name)) and 0 <= seconds <= _MOST):
             raise ScreenError(f"{name} is no number of seconds", hint=hint)
     if not isinstance(metrics, dict) or len(metrics) > _METRICS:
         raise ScreenError(f"its metrics are not at most {_METRICS} named numbers", hint=hint)
-    if any(name in _RESERVED or len(name) > _METRICS or not _is_number(value) for name, value in metrics.items()):
+    if any(name in _RESERVED or len(name) > _METRICS or not is_number(value) for name, value in metrics.items()):
         raise ScreenError("its metrics are not named finite numbers", hint=hint)
 
 
@@ -257,6 +257,7 @@ def all_finite(tensor: Tensor) -> bool:
     return not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
-def _is_number(value: object) -> TypeGuard[float]:
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a JSON value is a finite number that a float can be."""
     # A whole number of hundreds of digits is none that a float can be.
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from fedcast.errors import QuorumError, SiteError
+from fedcast.errors import QuorumError, ScreenError, SiteError
+from fedcast.federated.answers import screen_answer
 from fedcast.federated.audit import unrecorded
 from fedcast.federated.checkpoint import Checkpoints, Progress
 from fedcast.federated.conflict import conflict_row
@@ -245,6 +246,8 @@ class RoundLoop:
         """Return the guards' part in a round; in rounds in which sites go on alone, nothing passes a guard."""
         if not len(self.plan.guards) or self._local(number):
             return None
+        federation = self.spec.federation
+        counted = federation.local_epochs is not None
         return GuardedRound(
             self.plan.guards,
             self.server,
@@ -253,8 +256,9 @@ class RoundLoop:
             seed=self.spec.seed,
             folder=self.checkpoints.folder.parent,
             simulated=self.fleet.simulated,
-            send=lambda tasks: self._once.ask(tasks, self.spec.federation.deadline_s),
+            send=lambda tasks: self._once.ask(tasks, federation.deadline_s),
             run=self.spec.fingerprint(),
+            steps={} if counted else {site: federation.local_steps * self.roles[site].step_multiplier for site in selected},
         )
 
     def _collect(self, tasks: Mapping[str, Task], number: int, guarded: GuardedRound | None) -> Intake:
@@ -327,7 +331,7 @@ class RoundLoop:
     def _validate(self, number: int, progress: Progress) -> dict[str, Any]:
         answers, missing = self._score(self._seen(), {"part": "validation"})
         # A site without validation windows answers that it has no loss.
-        found = {site: reply.meta.get("loss") for site, reply in answers.items()}
+        found = {site: reply.meta["loss"] for site, reply in answers.items()}
         losses = {site: float(loss) for site, loss in found.items() if isinstance(loss, int | float) and isfinite(loss)}
         # Without any validation window the last round is the best there is.
         mean = sum(losses.values()) / len(losses) if losses else None
@@ -354,7 +358,7 @@ class RoundLoop:
         Raises
         ------
         SiteError
-            When a site cannot score, or does not in time.
+            When a site cannot score, does not in time, or answers something else than scores.
         """
         replies, missing = self._score(sites, meta, expert)
         if missing:
@@ -371,10 +375,16 @@ class RoundLoop:
             name: Task("evaluate", self.server.round, self._model_for(name, expert), {**meta, **self._counted(name)}) for name in sites
         }
         replies = dict(self._once.ask(tasks, self.spec.federation.scoring_deadline_s))
-        reasons = {site: replies[site].error if site in replies else LATE for site in sites}
-        return {site: replies[site] for site in sites if reasons[site] is None}, {
-            site: reason for site, reason in reasons.items() if reason is not None
-        }
+        missing = {}
+        for site in sites:
+            try:
+                if site in replies:
+                    screen_answer(replies[site], meta, site, self.spec)
+                else:
+                    missing[site] = LATE
+            except ScreenError as error:
+                missing[site] = error.message
+        return {site: replies[site] for site in sites if site not in missing}, missing
 
     def _model_for(self, site: str, expert: str | None) -> dict[str, torch.Tensor]:
         server = self.server

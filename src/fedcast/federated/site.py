@@ -137,6 +137,8 @@ class Site:
         self._tickets = itertools.count(1)
         self._newest = 0
         self._given_up = threading.Event()
+        self._current: str | None = None
+        self._over: str | None = None
         self._ranks = ranks
         self._silo = Silo(asdict(role), store, plan, folder) if plan.spec.training.ranks > 1 and ranks is None else None
         spec = plan.spec
@@ -166,9 +168,12 @@ class Site:
             record_answer(self._audit, task, reply)  # elsewhere by whoever sends the bytes
         return reply
 
-    def give_up(self) -> None:
-        """Let the training that is under way end in an error at its next step; its round is over."""
-        self._given_up.set()
+    def give_up(self, task: str) -> None:
+        """Let training for the task of this id, under way or about to begin, end in an error at its next step; its round is over."""
+        self._over = task
+        if self._current == task:
+            self._given_up.set()
+            self._over = None
 
     def _run(self, task: Task, workspaces: Workspaces) -> Reply:
         start = time.perf_counter()
@@ -179,7 +184,12 @@ class Site:
             with self._busy:
                 if task.kind == "train" and ticket < self._newest:
                     return Reply(error=f"round {task.round} is over")
+                # In this order: a call of `give_up` at any time either sets the flag after this or is seen here.
                 self._given_up.clear()
+                self._current = task.id
+                over, self._over = self._over, None
+                if over == task.id:
+                    return Reply(error=f"round {task.round} is over")
                 reply = self._answer_guard(task) if task.kind == "guard" else self._work(task, workspaces)
         except FedcastError as error:
             return Reply(error=f"{error.code}: {error.message}")

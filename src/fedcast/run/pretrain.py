@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
@@ -256,7 +257,7 @@ class _Training:
             results = []
             for number, first in enumerate(answers[0][site].meta["results"]):
                 scores = [answer[site].meta["results"][number]["scores"] for answer in answers]
-                average = {name: sum(_score(score[name]) for score in scores) / len(scores) for name in scores[0]}
+                average = {name: sum(_score(score.get(name)) for score in scores) / len(scores) for name in scores[0]}
                 results.append({**first, "scores": average})
             mean[site] = Reply(meta={**answers[0][site].meta, "results": results})
         return mean
@@ -331,6 +332,6 @@ def _score(value: float | None) -> float:
 
 
 def _number(value: float | None) -> float | None:
-    # JSON has no NaN; a score that does not exist is null.
+    # JSON has neither NaN nor infinity; a score that does not exist is null.
     score = _score(value)
-    return None if score != score else score
+    return score if isfinite(score) else None

@@ -186,6 +186,31 @@ def test_when_what_a_coordinator_says_does_not_fit_then_the_site_says_so(worker:
     assert reason in str(asked(worker, spec, describe(spec, change)).error)
 
 
+@pytest.mark.parametrize("changes", [{"batch_size": 8}, {"learning_rate": 1.0}, {"ranks": 2}, {"precision": "bfloat16"}])
+def test_when_a_coordinator_asks_for_another_training_than_that_of_the_run_then_the_site_refuses(
+    worker: Worker, changes: dict[str, object]
+) -> None:
+    spec = spec_of()
+    other = spec.training.model_copy(update={"kernels": "torch", **changes}).model_dump(mode="json")
+    assert "is not that of the run" in str(asked(worker, spec, describe(spec, {"training": other})).error)
+    assert "takes no part" in str(asked(worker, spec, train(spec)).error)
+
+
+def test_when_the_audit_log_is_damaged_then_the_site_refuses_says_so_and_does_nothing(
+    worker: Worker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = spec_of()
+    log = tmp_path / "state" / "audit.jsonl"
+    log.parent.mkdir()
+    log.write_text("damaged\n")
+    refused = asked(worker, spec, describe(spec))
+    assert (refused.error, refused.task) == (f"audit: site {NAME} cannot keep its audit log, and does nothing without it", "describe")
+    assert "audit.jsonl is damaged" in caplog.text
+    assert not (tmp_path / "state" / "runs").exists()
+    log.unlink()
+    assert asked(worker, spec, describe(spec)).error is None
+
+
 def test_when_bytes_are_no_task_or_belong_to_no_run_then_the_site_answers_an_error(worker: Worker, tmp_path: Path) -> None:
     spec = spec_of()
     assert str(Reply.decode(worker.answer(spec.fingerprint(), b"\0" * 100)).error).startswith("wire")

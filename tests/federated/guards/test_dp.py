@@ -301,6 +301,16 @@ def test_when_a_site_says_nonsense_about_its_steps_then_it_has_no_account(tmp_pa
     assert [sorted(tasks) for tasks in asked] == [["a", "b", "c", "d", "e"], ["b", "c", "d", "e"]]
 
 
+def test_when_the_spec_says_how_many_steps_a_round_has_then_a_site_that_claims_others_has_no_account(tmp_path: Path) -> None:
+    claims = {"a": Reply(meta={"rate": 0.25, "steps": 3}), "b": Reply(meta={"rate": 0.25, "steps": 10**7})}
+    server = Server(Layout(("w",), ((4,),), 1), torch.zeros(4), empty(), {}, 1, 9)
+    samples = dict.fromkeys(claims, 1)
+    round_ = GuardRound(1, 9, ["a", "b"], samples, server, 7, tmp_path, True, lambda _: claims, steps=dict.fromkeys(claims, 3))
+    assert set(Dp(level="sample", budget=100.0).begin(round_)) == {"a"}
+    with pytest.raises(PrivacyBudgetError, match="site b claims the most for it, 10000000 steps"):
+        Dp(level="sample", budget=100.0).begin(replace(round_, folder=tmp_path / "other", steps={}))
+
+
 # --- whole runs ---
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import traceback
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import fedcast.methods  # noqa: F401 - registers the methods
 from fedcast.data.frames import domain_files, read_frame
 from fedcast.data.readers import stem
 from fedcast.data.store import SeriesStore
-from fedcast.errors import FedcastError, ScreenError, SourceError, SpecError, WireError
+from fedcast.errors import AuditError, FedcastError, ScreenError, SourceError, SpecError, WireError
 from fedcast.federated.audit import NAME, AuditLog
 from fedcast.federated.flower.policy import Policy
 from fedcast.federated.messages import Reply, Task, is_local
@@ -34,6 +35,7 @@ from fedcast.models.checkpoints import weights_digest
 from fedcast.spec import DataSpec, RunSpec, TrainingSpec
 from fedcast.training.backend import Backend
 
+_LOG = logging.getLogger(__name__)
 _RUN = re.compile(r"[0-9a-f]{64}")
 _OPEN_RUNS = 2
 """Runs whose models stay in memory; of others a site keeps the files."""
@@ -77,8 +79,18 @@ class Worker:
     def answer(self, run: str, payload: bytes) -> bytes:
         """Do what a task asks and return the reply's bytes; the same task has the same bytes for an answer, however often it comes.
 
-        No exception but the end of the process leaves this; a reply says what went wrong in one sentence, without the site's data.
+        No exception but the end of the process leaves this; a reply says what went wrong in one sentence, without the site's data. What
+        cannot be written into the site's audit log is not done, or does not leave.
         """
+        try:
+            self._audit.open()
+            return self._answer(run, payload)
+        except (AuditError, OSError) as error:
+            _LOG.error("site %s refuses its tasks: %s", self._name, error)
+            why = f"{AuditError.code}: site {self._name} cannot keep its audit log, and does nothing without it"
+            return Reply(error=why, task=_id_of(payload)).encode()
+
+    def _answer(self, run: str, payload: bytes) -> bytes:
         digest = hashlib.sha256(payload).hexdigest()
         held = self._last.get(run)
         if held is not None and held[0] == digest:
@@ -127,7 +139,7 @@ class Worker:
         except WireError:
             return
         if task.kind == "train" and task.id != current[1]:
-            current[2].give_up()
+            current[2].give_up(current[1])
 
     def close(self) -> None:
         """Close the audit log."""
@@ -220,7 +232,8 @@ class Worker:
         """Return the spec as this site runs it, and its role, from what a coordinator sent.
 
         The spec must be the one that the run's fingerprint was taken of. Of its data section only names of columns, the frequency and
-        shares count: where the data lie is the site's own business.
+        shares count: where the data lie is the site's own business. Its training section comes once more as all sites compute it: what
+        the spec leaves to the machines is chosen there, and nothing else differs.
         """
         try:
             spec = RunSpec.model_validate(meta["spec"])
@@ -235,6 +248,7 @@ class Worker:
             )
         if spec.fingerprint() != run:
             raise SpecError("the spec is not that of the run", hint="check that both sides run the same version of fedcast")
+        _check_chosen(spec.training, training)
         data = spec.data.model_copy(update={"source": str(self._data), "domains": (), "held_out": (), "partition": "domain"})
         return spec.model_copy(update={"data": data, "training": training}), role
 
@@ -247,6 +261,20 @@ class Worker:
 
     def _run_folder(self, run: str) -> Path:
         return self._folder / "runs" / run
+
+
+def _id_of(payload: bytes) -> str:
+    try:
+        return Task.decode(payload).id
+    except WireError:
+        return ""
+
+
+def _check_chosen(asked: TrainingSpec, chosen: TrainingSpec) -> None:
+    """Refuse a training section that is not the run's own with a back end in place of ``"auto"``."""
+    values = {key.name: getattr(chosen, key.name) for key in fields(Backend) if getattr(asked, key.name) == "auto"}
+    if asked.model_copy(update=values) != chosen:
+        raise SpecError("what is to be computed with is not that of the run", hint="check that both sides run the same version of fedcast")
 
 
 def load_site(name: str, data: Path, **columns: str | None) -> SeriesStore:

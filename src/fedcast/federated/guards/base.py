@@ -168,6 +168,8 @@ class GuardRound:
         The sites whose replies are part of the round, sorted; known from the aggregation on.
     run
         The run's fingerprint.
+    steps
+        Local steps of each site, where the spec says how many; empty where they follow from a site's data (``local_epochs``).
     memory
         What guards keep at the server from one hook of this round to the next, by name.
     """
@@ -183,6 +185,7 @@ class GuardRound:
     exchange: Callable[[Mapping[str, Task]], dict[str, Reply]]
     taken: Sequence[str] = ()
     run: str = ""
+    steps: Mapping[str, int] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
 
 

@@ -126,7 +126,9 @@ class Dp(Guard):
 
     def _check_mean(self, plan: Plan, guards: Sequence[Guard]) -> None:
         if plan.spec.federation.weights != "equal":
-            raise SpecError("the guard 'dp' adds central noise, which is for sites that weigh alike", hint="set federation.weights = 'equal'")
+            raise SpecError(
+                "the guard 'dp' adds central noise, which is for sites that weigh alike", hint="set federation.weights = 'equal'"
+            )
         if not plan.method.streams:
             raise SpecError(
                 f"the server step of method {plan.method.name!r} is no plain mean, for which central noise is made",
@@ -173,7 +175,7 @@ class Dp(Guard):
             before = ledger.epsilon(self.delta, self.accountant)
             raise PrivacyBudgetError(
                 f"round {round.number} would spend epsilon {spent:.4g} at delta {self.delta:g}, the budget is {self.budget:g} "
-                f"and {before:.4g} is spent",
+                f"and {before:.4g} is spent{self._largest(release)}",
                 hint="final/ holds the model of the rounds done; for more of them start a run with more noise or a larger budget",
             )
         if self.level != "central":
@@ -185,6 +187,13 @@ class Dp(Guard):
         if self.clipping == "adaptive":
             return {site: {_NORM: self._norm(round.server.tensors)} for site in round.selected}
         return {}
+
+    def _largest(self, release: Release) -> str:
+        """Say which site claims most of a round: what a site says of its steps can end a run."""
+        if self.level != "sample":
+            return ""
+        site, (rate, steps) = max(release.sites.items(), key=lambda item: (item[1][1] * item[1][0] ** 2, item[0]))
+        return f"; site {site} claims the most for it, {steps} steps that take a window with a chance of {rate:.3g}"
 
     def inspect(self, arrival: Arrival) -> None:
         """Clip an update at the server, where it can be seen."""
@@ -247,7 +256,9 @@ class Dp(Guard):
         replies = round.exchange({site: task for site in round.selected if site not in known})
         told = {site: _sampling(reply.meta) for site, reply in replies.items() if reply.error is None}
         # Who does not say how windows are drawn has no account, and then sends nothing: see `encode`.
-        every = {**known, **{site: sampling for site, sampling in told.items() if sampling is not None}}
+        # Nor does who claims other steps than the spec says: they would be spent of everybody's budget.
+        fits = {site: sampling for site, sampling in told.items() if sampling and sampling[1] == round.steps.get(site, sampling[1])}
+        every = {**known, **fits}
         return {site: every[site] for site in round.selected if site in every}
 
     # --- the site ---
